@@ -16,7 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model deit_tiny_patch16_224.fb_in1k --img-size 160 "
-CIFAR = SMALL + "--dataset cifar100 --tasks 20 --images-per-class 50 --test-images-per-class 50 --name i50 "
+CIFAR = (
+    SMALL
+    + "--dataset cifar100 --tasks 20 --images-per-class 50 --test-images-per-class 50 --name i50 "
+)
 CUB = SMALL + "--dataset cub200 --tasks 10 "
 HELD_OUT = "--out results/validate --validate --test-images-per-class 20 "
 
@@ -25,6 +28,7 @@ RUNS = {}
 CIFAR_HELD_OUT = CIFAR.replace("--test-images-per-class 50 --name i50 ", "") + HELD_OUT
 for name, flags in {
     "ham-rho1": "--method ham --rho 1",
+    "ham-rho0.7": "--method ham --rho 0.7",
     "ham-rho0.5": "--method ham --rho 0.5",
     "sequential-lr3e-4": "--method sequential --lr 3e-4",
     "sequential-lr1e-3": "--method sequential --lr 1e-3",
@@ -51,24 +55,38 @@ def run_one(name, flags, args):
     if (folder / "results.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "ham.py", *flags.split(), "--data-dir", args.data_dir, "--weights", args.weights]
+    command = [
+        sys.executable,
+        "ham.py",
+        *flags.split(),
+        "--data-dir",
+        args.data_dir,
+        "--weights",
+        args.weights,
+    ]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
     start = time.time()
     with open(folder / "log.txt", "w") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads, check=False
+        ).returncode
     print(f"{name}: exit {code}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--weights", default="data/deit_tiny_patch16_224.safetensors")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors")
+    parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; they share the processors"
+    )
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, flags in RUNS.items():
-            if args.only in name:
+            if any(part in name for part in args.only.split(",")):
                 pool.submit(run_one, name, flags, args)
 
 
