@@ -16,12 +16,12 @@ image and never being told the task. Each task trains a LoRA adapter and an impo
 of the groups so far; by cosine similarity the adapter joins one of at most G_max groups; there it is
 pruned, scaled and merged. All groups together are one module, folded into the weights for inference.
 
-    python ham.py                                       # demo: nothing to download
-    python ham.py --dataset cifar100 --tasks 20         # the main job (ViT-B/16: wants a GPU)
-    python ham.py --help                                # every setting: default, range, source
+    python ham.py                                  # demo: nothing to download
+    python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: wants a GPU)
+    python ham.py --help                           # every setting: default, range, source
 
-Written without access to the paper's body. Each setting below is marked with its source: "abstract",
-"third-party review" or "our choice". The equations (1) to (4) are numbered in our README.
+Written without access to the paper's body: what is from the abstract, from a third-party review or
+our choice is said at each place. The numbers (1) to (4) of the equations are our README's.
 
 symbol    name           shape           what it is
 W0        w0             (d, k)          a frozen weight, one per adapted layer
@@ -43,14 +43,13 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,11 +58,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.func import functional_call
 from tqdm import tqdm
+
+from extras import datasets, demo
 
 # ------------------------------------------------------------------------------------------ Config
 
@@ -72,9 +72,12 @@ class InputError(ValueError):
     """A setting or file the user can mend; the text says how. The command line exits with 2."""
 
 
-def option(default, text, choices=None, low=None, high=None):
-    """One field of Config = one flag; `text` and the range are its line in --help."""
-    return field(default=default, metadata={"text": text, "choices": choices, "range": (low, high)})
+def option(default, text, choices=None, low=-math.inf, high=math.inf):
+    """One field of Config = one flag; `text`, choices and range are its line in --help."""
+    limits = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    limits = f"one of {', '.join(choices)}" if choices else limits if low > -math.inf else ""
+    meta = {"text": text, "choices": choices, "low": low, "high": high, "limits": limits}
+    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)
@@ -94,33 +97,28 @@ class Config:
     weights: str = option(None, "file with the model's weights; default: timm downloads them")
     img_size: int = option(None, "side of the input, pixels; default the model's own", low=8)
     crop_pct: float = option(
-        None, "share kept by the centre crop; default cifar100 1, else the model's", low=0.1, high=1
+        None, "centre crop; default cifar100 1, else the model's", low=0.1, high=1
     )
     norm: str = option("model", "the checkpoint's mean and std, or [0, 1]", ("model", "unit"))
     # method
     method: str = option(
         None,
-        "HAM, or a control: one LoRA trained on and on, the average of adapters trained alone, "
+        "ham, or a control: one LoRA trained on and on, the average of adapters trained alone, "
         "all classes as one task, no training; default ham, demo: ham, sequential, frozen",
         ("ham", "sequential", "average", "joint", "frozen"),
     )
     rank: int = option(8, "r, rank of an adapter (our choice)", low=1)
     layers: str = option("qkv", "layers with LoRA, any of qkv,proj,fc1,fc2 (our choice)")
     tau: float = option(
-        0.1, "τ, join a group if similarity > τ; 1: open groups first (our choice)", low=-1, high=1
+        0.1, "τ, join if similarity > τ; 1: open first (our choice)", low=-1, high=1
     )
     g_max: int = option(5, "G_max, most groups (the bound: abstract; 5: our choice)", low=1)
-    grouping: str = option(
-        "cosine", "which group is joined (cosine: abstract)", ("cosine", "random")
-    )
+    grouping: str = option("cosine", "group to join (cosine: abstract)", ("cosine", "random"))
     rho: float = option(0.5, "ρ, fraction that pruning keeps (our choice)", low=1e-6, high=1)
-    prune: str = option(
-        "factors", "what is pruned, A and B or B A (our choice)", ("factors", "product")
-    )
+    prune: str = option("factors", "prune A, B or B A (our choice)", ("factors", "product"))
     merge: str = option(
         "mean",
-        "a group is the mean of its α-scaled members, their sum, or the mean of what its tasks "
-        "ended with (our choice)",
+        "a group is its α-scaled members' mean, sum, or the mean of what tasks ended with (our choice)",
         ("mean", "sum", "solution"),
     )
     train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
@@ -128,9 +126,7 @@ class Config:
     # training
     epochs: int = option(5, "epochs per task (our choice)", low=1)
     batch_size: int = option(32, "images per step (our choice)", low=1)
-    lr: float = option(
-        None, "of A and B (our choice); default: best tried, ham 1e-3, sequential 3e-4", low=1e-9
-    )
+    lr: float = option(None, "of A, B (our choice); default ham 1e-3, sequential 3e-4", low=1e-9)
     lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (our choice)", low=0)
     lr_head: float = option(1e-2, "learning rate of the head's rows (our choice)", low=0)
     seed: int = option(1993, "draws class order, A, shuffling and flips", low=0, high=2**32 - 1)
@@ -153,13 +149,12 @@ def resolve(config: Config) -> Config:
     c = dataclasses.asdict(config)
     check_ranges(c)
     method = c["method"] = c["method"] or "ham"
-    demo = c["dataset"] == "demo"
-    c["tasks"] = (
-        1 if method == "joint" else c["tasks"] or (10 if c["dataset"] in ("demo", "cub200") else 20)
-    )
-    if demo and (c["model"] or c["weights"]):
+    drawn = c["dataset"] == "demo"
+    c["tasks"] = c["tasks"] or (10 if c["dataset"] in ("demo", "cub200") else 20)
+    c["tasks"] = 1 if method == "joint" else c["tasks"]
+    if drawn and (c["model"] or c["weights"]):
         raise InputError("the demo pre-trains its own model: drop --model and --weights")
-    c["model"], cfg = model_cfg("demo_vit" if demo else c["model"])
+    c["model"], cfg = model_cfg("demo_vit" if drawn else c["model"])
     c["img_size"] = c["img_size"] or cfg["input_size"][-1]
     whole = c["dataset"] in ("demo", "cifar100")  # a crop would cut off what little there is
     c["crop_pct"] = c["crop_pct"] or (1.0 if whole else cfg["crop_pct"])
@@ -177,23 +172,16 @@ def resolve(config: Config) -> Config:
 def check_ranges(c):
     """Raise InputError for the first setting that is out of its range. c: dict of all fields."""
     for f in dataclasses.fields(Config):
-        value, (low, high) = c[f.name], f.metadata["range"]
-        flag, choices = f"--{f.name.replace('_', '-')} {value}", f.metadata["choices"]
-        if value is None:
-            continue
-        if choices and value not in choices:
-            raise InputError(f"{flag}: choose from {', '.join(choices)}")
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            raise InputError(f"{flag}: must be {range_text(low, high)}")
+        value, meta = c[f.name], f.metadata
+        wrong = meta["choices"] and value not in meta["choices"]
+        if isinstance(value, int | float):
+            wrong = not meta["low"] <= value <= meta["high"]
+        if wrong and value is not None:
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be {meta['limits']}")
     if not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
         raise InputError(f"--layers {c['layers']}: any of qkv,proj,fc1,fc2, with commas between")
     if c["weights"] and not Path(c["weights"]).is_file():
         raise InputError(f"--weights {c['weights']}: no such file")
-
-
-def range_text(low, high):
-    """'>= 1', 'from -1 to 1'."""
-    return f">= {low:g}" if high is None else f"from {low:g} to {high:g}"
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -244,11 +232,6 @@ def dense(update):
     return update[0] @ update[1] if isinstance(update, tuple) else update
 
 
-def stack(matrices, like):
-    """M matrices (d, k), M may be 0 -> (M, d, k). like: (d, k)"""
-    return torch.stack(matrices) if matrices else like.new_zeros(0, *like.shape)
-
-
 def flat(delta_w):
     """ΔW of all layers as one vector. dict name: update -> (P,)"""
     return torch.cat([dense(update).flatten() for update in delta_w.values()])
@@ -291,16 +274,14 @@ def prune_update(update, rho, how):
 
 
 def shares(n, alpha_group, alpha, how):
-    """(4) What a group of n members and its new member are multiplied with, before they are added.
+    """(4) Scale: what the new member and its group of n are multiplied with before they are added.
 
-    mean:      (n α_G ΔW_G + α_i ΔW_i) / (n + 1), our reading of "scale": members average out
-    sum:       α_G ΔW_G + α_i ΔW_i, literal: concatenating factors adds their products
-    solution:  α_G ΔW_G + α_i ΔW_i / (n + 1), the mean of what each task ended with
+    mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), our reading of "scale": members average out
+    sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
+    solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, the mean of what each task ended with
     """
-    return (
-        alpha_group * (n / (n + 1) if how == "mean" else 1),
-        alpha * (1 if how == "sum" else 1 / (n + 1)),
-    )
+    new = alpha if how == "sum" else alpha / (n + 1)
+    return new, alpha_group * (n / (n + 1) if how == "mean" else 1)
 
 
 def merge(updates, weights):
@@ -323,7 +304,7 @@ def merge(updates, weights):
 class Group:
     """One group: its adapter ΔW_G, its importance α_G, the tasks that were merged into it."""
 
-    delta_w: dict  # name: (b, a) or (d, k)
+    delta_w: dict = field(default_factory=dict)  # name: (b, a) or (d, k)
     alpha: float = 1.0
     members: list = field(default_factory=list)
 
@@ -340,13 +321,12 @@ class Trainable:
 
     def weights(self, w0):
         """(1) for every layer. w0: dict name: (d, k) -> dict name: (d, k)"""
-        scalars = self.alpha_groups, self.alpha
-        return {
-            name: effective_weight(
-                w, self.groups[name], scalars[0], *self.adapter[name], scalars[1]
-            )
-            for name, w in w0.items()
-        }
+        weights = {}
+        for name, w in w0.items():
+            b, a = self.adapter[name]
+            groups, scalars = self.groups[name], self.alpha_groups
+            weights[name] = effective_weight(w, groups, scalars, b, a, self.alpha)
+        return weights
 
 
 class HAM:
@@ -364,39 +344,46 @@ class HAM:
         c, under = self.config, self.groups if self.config.method == "ham" else []
         again = c.method in ("sequential", "joint") and self.groups
         adapter = self.groups[0].delta_w if again else new_adapter(self.w0, c.rank, c.seed)
+        groups = {  # w[None][:0]: an empty stack, for no groups
+            name: torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in under)])
+            for name, w in self.w0.items()
+        }
         return Trainable(
             {name: tuple(x.clone().requires_grad_() for x in ba) for name, ba in adapter.items()},
-            {n: stack([dense(g.delta_w[n]) for g in under], w) for n, w in self.w0.items()},
+            groups,
             torch.ones((), device=c.device, requires_grad=c.train_alpha),
             torch.tensor([g.alpha for g in under], device=c.device, requires_grad=c.train_alpha),
         )
 
     def finish(self, task, p):
-        """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers."""
-        c = self.config
+        """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers"""
+        c, record = self.config, {"alpha": p.alpha.item(), "alpha_groups": p.alpha_groups.tolist()}
         adapter = {name: tuple(x.detach() for x in ba) for name, ba in p.adapter.items()}
         if c.method in ("sequential", "joint"):
             self.groups = [Group(adapter)]
-            return {"group": None, "similarities": None, "group_sizes": None}
-        for group, value in zip(self.groups, p.alpha_groups.tolist()):
+            return record | {"group": None, "similarities": None, "group_sizes": None}
+        for group, value in zip(self.groups, record["alpha_groups"]):
             group.alpha = value
         similarities = cosine_similarity(flat(adapter), (flat(g.delta_w) for g in self.groups))
         j = assign_group(similarities, c.tau, c.g_max)
         if c.grouping == "random" and j < len(self.groups):
             j = int(self.draw.randint(len(self.groups)))
-        self.groups[j : j + 1] = [self.join(self.groups[j : j + 1], task, adapter, p.alpha.item())]
+        if j == len(self.groups):
+            self.groups.append(Group())
+        self.join(self.groups[j], task, adapter, record["alpha"])
         sizes = [len(g.members) for g in self.groups]
-        return {"group": j, "similarities": similarities, "group_sizes": sizes}
+        return record | {"group": j, "similarities": similarities, "group_sizes": sizes}
 
     def join(self, group, task, adapter, alpha):
-        """(3), (4) The group [group] with task i in it; a new one, [], holds α_i prune(ΔW_i)."""
-        c, members = self.config, group[0].members if group else []
-        weights = shares(len(members), group[0].alpha if group else 1.0, alpha, c.merge)
-        delta_w = {}
+        """(3), (4) Put task i into a group, in place; an empty one becomes α_i prune(ΔW_i)."""
+        c, n = self.config, len(group.members)
+        weights = shares(n, group.alpha, alpha, c.merge)
         for name, ba in adapter.items():
-            updates = [g.delta_w[name] for g in group] + [prune_update(ba, c.rho, c.prune)]
-            delta_w[name] = merge(updates, weights[-len(updates) :])
-        return Group(delta_w, 1.0, [*members, task])  # ΔW_G holds the old α_G; the new one is 1
+            new = prune_update(ba, c.rho, c.prune)
+            old = [group.delta_w[name]] if n else []
+            group.delta_w[name] = merge([new, *old], weights[: n + 1])
+        group.members.append(task)
+        group.alpha = 1.0  # the old α_G is in ΔW_G now (our choice)
 
     def folded(self):
         """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict name: new (d, k)"""
@@ -502,8 +489,11 @@ def pick_rows(train_labels, test_labels, order, c):
 def load_data(c):
     """Read, order, split and cap the data set of a resolved configuration. -> Data"""
     cfg = model_cfg(c.model)[1]
-    read = {"demo": read_demo, "cifar100": read_cifar100, "cub200": read_cub200}
-    pixels, *labels, names = read.get(c.dataset, read_folder)(c, cfg)
+    read = {"demo": demo.read, "cifar100": read_cifar100, "cub200": datasets.read_cub200}
+    try:
+        pixels, *labels, names = read.get(c.dataset, datasets.read_folder)(c, cfg)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}") from None
     order = class_order(len(names), c.class_order, c.seed)
     train, test = pick_rows(*map(np.asarray, labels), order, c)
     small = c.dataset in ("demo", "cifar100")  # image files are cropped when they are decoded
@@ -517,92 +507,11 @@ def load_data(c):
     return Data(pixels, train, test, names, order, split_tasks(len(names), c.tasks), transform)
 
 
-def read_demo(c, cfg):
-    """Drawn classes: extras/demo.py."""
-    return demo_module().read(c.seed)
-
-
 def read_cifar100(c, cfg):
-    """torchvision's CIFAR-100, downloaded where it is not in --data-dir. 32 px."""
-    try:
-        parts = [torchvision.datasets.CIFAR100(c.data_dir, t, download=True) for t in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"no CIFAR-100 in {c.data_dir}, and the download failed ({error}): put there "
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz, or name another --data-dir"
-        ) from None
+    """torchvision's CIFAR-100, downloaded where it is not in --data-dir. 32 px, not resized yet."""
+    parts = [torchvision.datasets.CIFAR100(c.data_dir, t, download=True) for t in (True, False)]
     pixels = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2)
     return pixels.contiguous(), parts[0].targets, parts[1].targets, parts[0].classes
-
-
-def read_cub200(c, cfg):
-    """CUB-200-2011 as its authors pack it, with their split."""
-    root = Path(c.data_dir) / "CUB_200_2011"
-    if not (root / "train_test_split.txt").is_file():
-        raise InputError(
-            f"{root} is not there: unpack CUB_200_2011.tgz from "
-            f"https://data.caltech.edu/records/65de6-vp158 in {c.data_dir}, or name another --data-dir"
-        )
-
-    def column(file):
-        return np.array([line.split()[1] for line in (root / file).read_text().splitlines()])
-
-    labels = column("image_class_labels.txt").astype(int) - 1
-    train = column("train_test_split.txt") == "1"
-    paths = column("images.txt")
-    paths = [root / "images" / path for path in [*paths[train], *paths[~train]]]
-    return decode(paths, c, cfg), labels[train], labels[~train], column("classes.txt").tolist()
-
-
-def read_folder(c, cfg):
-    """FOLDER/{train,test}/CLASS/*, classes in sorted order."""
-    root, paths, labels = Path(c.dataset), [], {"train": [], "test": []}
-    if not (root / "train").is_dir() or not (root / "test").is_dir():
-        raise InputError(
-            f"--dataset {c.dataset}: demo, cifar100, cub200 or a folder with train/CLASS/* and "
-            "test/CLASS/*"
-        )
-    names = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
-    for part in labels:
-        for label, name in enumerate(names):
-            found = sorted((root / part / name).glob("[!.]*"))
-            paths += found
-            labels[part] += [label] * len(found)
-    return decode(paths, c, cfg), *labels.values(), names
-
-
-def decode(paths, c, cfg):
-    """Image files -> (N, 3, S, S) uint8, resized and cropped by timm's own transform for size S.
-
-    Written once to --data-dir/cache, memory-mapped; its name is a hash of all that went into it.
-    """
-    size, keys = (3, c.img_size, c.img_size), {"crop_pct": c.crop_pct}
-    keys |= {"input_size": size, "interpolation": cfg["interpolation"]}
-    steps = timm.data.create_transform(**keys).transforms[:2]  # Resize, CenterCrop
-    source = json.dumps([keys, [(str(path), path.stat().st_size) for path in paths]])
-    name = (
-        f"{Path(c.dataset).name}-{c.img_size}px-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
-    )
-    cache = Path(c.data_dir) / "cache" / f"{name}.npy"
-    if not cache.is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}.part")
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), *size))
-
-        def decode_one(i):
-            try:
-                image = ImageOps.exif_transpose(Image.open(paths[i])).convert("RGB")
-            except OSError as error:
-                raise InputError(f"{paths[i]}: not a readable image ({error})") from None
-            pixels[i] = np.asarray(steps[1](steps[0](image))).transpose(2, 0, 1)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = pool.map(decode_one, range(len(paths)))
-            for _ in tqdm(work, "decoding images", len(paths), disable=None):
-                pass
-        pixels.flush()
-        part.rename(cache)
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))
 
 
 # ---------------------------------------------------------------------------------------- Measures
@@ -756,11 +665,11 @@ def load(folder):
     return Classifier(vit, rows, about["names"], about["transform"]).eval()
 
 
-# ----------------------------------------------------------------------------------- Surroundings
+# ---------------------------------------------------------------------------- Backbone and machine
 
 
 def pick_device(device, precision):
-    """ "auto" resolved: cuda where there is one; bf16 on it and on CPUs with bf16 instructions."""
+    """Resolve auto: cuda where there is one; bf16 on it and on CPUs with bf16 instructions."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -772,25 +681,16 @@ def pick_device(device, precision):
     return device, ("bf16" if native else "fp32") if precision == "auto" else precision
 
 
-def demo_module():
-    """extras/demo.py, which only the demo needs."""
-    try:
-        from extras import demo
-    except ImportError:
-        raise InputError("the demo needs extras/demo.py beside ham.py; try --dataset") from None
-    return demo
-
-
 def model_cfg(name):
     """A model's full name with tag, and timm's configuration of its weights (mean, std, ...)."""
-    name = name or "vit_base_patch16_224.augreg_in21k"
     if name == "demo_vit":
-        return name, demo_module().CFG
+        return name, demo.CFG
+    name = name or "vit_base_patch16_224.augreg_in21k"
     try:
-        cfg = timm.get_pretrained_cfg(name)
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError as error:
         raise InputError(f"--model {name}: {error}") from None
-    if cfg is None or not timm.is_model(name):
+    if cfg is None:
         raise InputError(f"--model {name}: unknown to timm; timm.list_models('vit*') has the names")
     return f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture, cfg.to_dict()
 
@@ -798,16 +698,12 @@ def model_cfg(name):
 def create_vit(model, img_size, **pretrained):
     """timm's ViT without a head: images -> features (N, D)."""
     if model == "demo_vit":
-        return demo_module().create_vit()
+        return demo.create_vit()
     return timm.create_model(model, num_classes=0, img_size=img_size, **pretrained)
 
 
 def build_vit(c):
-    """The frozen backbone with its weights, in eval mode.
-
-    On a CPU attention is unfused, block by block: the backward of the fused kernel takes half of a
-    bf16 training step there.
-    """
+    """The frozen backbone with its weights, in eval mode."""
     file = {"file": c.weights, "custom_load": False} if c.weights else {}
     try:
         vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
@@ -816,8 +712,8 @@ def build_vit(c):
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} {cure}") from None
     if c.model == "demo_vit":
-        vit.load_state_dict(demo_module().pretrained(c.seed, c.device, c.precision))
-    if c.device == "cpu":
+        vit.load_state_dict(demo.pretrained(c.seed, c.device, c.precision))
+    if c.device == "cpu":  # there the fused kernel's backward takes half of a bf16 training step
         for block in vit.blocks:
             block.attn.fused_attn = False
     return vit.requires_grad_(False).eval().to(c.device)
@@ -831,30 +727,20 @@ def sha256(file):
 SOURCE_SHA256 = sha256(__file__)  # when imported: a later edit is not what ran
 
 
-def peak_memory(device):
-    """Bytes, of the GPU's allocator or of the process; None where the system does not tell."""
-    if "cuda" in device:
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
 def environment(c):
     """What the figures come from: versions, hardware, memory, source, weights."""
+    cuda, modules = "cuda" in c.device, (torch, torchvision, timm, np)
+    peak = torch.cuda.max_memory_allocated(c.device) if cuda else None
+    if not cuda and sys.platform == "linux":
+        peak = 1024 * importlib.import_module("resource").getrusage(0).ru_maxrss
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(c.device) if "cuda" in c.device else platform.machine()
-    modules = (torch, torchvision, timm, np)
+    name = torch.cuda.get_device_name(c.device) if cuda else platform.machine()
     return {
-        "versions": {"python": platform.python_version()}
-        | {m.__name__: m.__version__ for m in modules},
+        "versions": {m.__name__: m.__version__ for m in modules}
+        | {"python": sys.version.split()[0]},
         "hardware": f"{name}, {torch.get_num_threads()} threads",
-        "peak_memory_bytes": peak_memory(c.device),
+        "peak_memory_bytes": peak,
         "commit": commit or None,
         "ham_sha256": SOURCE_SHA256,
         "weights_sha256": sha256(c.weights) if c.weights else None,
@@ -869,32 +755,40 @@ class Learner:
 
     def __init__(self, vit, ham, data):
         self.vit, self.ham, self.data, self.c = vit, ham, data, ham.config
-        shape = (len(data.names), vit.num_features)
-        read_outs = ["class-mean"] if self.c.method == "frozen" else ["class-mean", "head"]
-        self.rows = {name: torch.zeros(shape, device=self.c.device) for name in read_outs}
-        self.matrix = {name: [] for name in read_outs}
-        self.known, self.records, self.bank = {}, [], {}
+        self.train_sizes = [sum(len(data.train[k]) for k in task) for task in data.tasks]
+        self.sizes = [sum(len(data.test[k]) for k in task) for task in data.tasks]
+        self.seen = np.cumsum(self.sizes).tolist()  # test images after each task
+        read_outs = ["class-mean", "head"] if ham.w0 else ["class-mean"]
+        zeros = torch.zeros(len(data.names), vit.num_features, device=self.c.device)
+        self.rows = {name: zeros.clone() for name in read_outs}
+        self.matrix, self.known, self.records = {name: [] for name in read_outs}, {}, []
         self.seconds = {"train": 0.0, "merge": 0.0, "class_means": 0.0, "evaluate": 0.0}
-        self.sizes = [sum(len(data.test[k]) for k in classes) for classes in data.tasks]
-        self.budget = [sum(len(data.train[k]) for k in classes) for classes in data.tasks]
+        lora = sum(self.c.rank * sum(w.shape) for w in ham.w0.values())
+        self.trained = lora + len(data.tasks[-1]) * vit.num_features if ham.w0 else 0
+        if not ham.w0:  # frozen features never change: extracted once
+            self.features = functools.cache(self.features)
 
     def learn(self, task):
         """One task: train, group and merge, take class means, evaluate. Appends its record."""
-        before, record = dict(self.seconds), {}
-        if self.c.method != "frozen":
+        before, record = dict(self.seconds), {"images_per_second": None}
+        if self.ham.w0:
             p, log = self.timed("train", train_task, self.vit, self.ham, self.data, task)
-            record = self.timed("merge", self.finish, task, p, log)
+            losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]
+            if not all(map(math.isfinite, losses)):
+                raise InputError(f"task {task + 1}: the loss is not finite; lower --lr {self.c.lr}")
+            self.rows["head"][list(self.data.tasks[task])] = p.head.detach()
+            record = {"loss": sum(losses) / len(losses)}
+            record |= self.timed("merge", self.ham.finish, task, p)
+            images = self.train_sizes[task] * self.c.epochs
+            record["images_per_second"] = images / (self.seconds["train"] - before["train"])
         self.weights = self.ham.folded()
         self.timed("class_means", self.take_class_means, task)
         self.timed("evaluate", self.evaluate, task)
+        record["seconds"] = {k: self.seconds[k] - before[k] for k in before}
         for name, matrix in self.matrix.items():
             record[f"{name.replace('-', '_')}_accuracy"] = accuracy_so_far(matrix[-1], self.sizes)
-        matrix = self.matrix[self.c.read_out]
-        record["accuracy"] = accuracy_so_far(matrix[-1], self.sizes)
-        record["forgetting"] = forgetting(matrix)
-        record["seconds"] = {k: self.seconds[k] - before[k] for k in before}
-        images = self.budget[task] * (self.c.epochs or 0)
-        record["images_per_second"] = images / record["seconds"]["train"] if images else None
+        record["accuracy"] = accuracy_so_far(self.matrix[self.c.read_out][-1], self.sizes)
+        record["forgetting"] = forgetting(self.matrix[self.c.read_out])
         self.records.append(record)
 
     def timed(self, what, function, *args):
@@ -905,24 +799,10 @@ class Learner:
         self.seconds[what] += time.perf_counter() - start
         return result
 
-    def finish(self, task, p, log):
-        """Keep the head's rows, hand the adapter to HAM. -> the record's plain numbers"""
-        losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]
-        if not all(map(math.isfinite, losses)):
-            raise InputError(f"the loss of task {task + 1} is not finite: lower --lr {self.c.lr}")
-        self.rows["head"][list(self.data.tasks[task])] = p.head.detach()
-        record = {"loss": sum(losses) / len(losses), "alpha": p.alpha.item()}
-        return record | {"alpha_groups": p.alpha_groups.tolist()} | self.ham.finish(task, p)
-
     def features(self, part, task):
         """Features and labels of a task's images, with all groups folded into the weights."""
         rows, labels = self.data.rows(part, self.data.tasks[task])
-        features = self.bank.get((part, task))
-        if features is None:
-            features = extract(self.vit, self.weights, self.data, rows, self.c)
-        if self.c.method == "frozen":  # its features never change
-            self.bank[part, task] = features
-        return features, labels.to(self.c.device)
+        return extract(self.vit, self.weights, self.data, rows, self.c), labels.to(self.c.device)
 
     def take_class_means(self, task):
         """Class means of a task's training images, once, after its merge."""
@@ -931,9 +811,9 @@ class Learner:
 
     def evaluate(self, task):
         """One pass over the test images of all classes seen: a row of each read-out's matrix."""
+        seen = self.data.tasks[: task + 1]
         parts = [self.features("test", j) for j in range(task + 1)]
         features, labels = (torch.cat(x) for x in zip(*parts))
-        seen = self.data.tasks[: task + 1]
         for name, rows in self.rows.items():
             logits = cosine_logits(features, rows[: seen[-1][-1] + 1])
             per_task, self.known[name] = accuracies(logits, labels, seen)
@@ -941,77 +821,57 @@ class Learner:
 
     def oracle(self):
         """Accuracy of class means of all training images under the final model: never a result."""
-        tasks = range(self.c.tasks)
-        rows = [class_means(*self.features("train", j), self.data.tasks[j]) for j in tasks]
-        features, labels = (torch.cat(x) for x in zip(*(self.features("test", j) for j in tasks)))
-        everything = [range(len(self.data.names))]
-        return accuracies(cosine_logits(features, torch.cat(rows)), labels, everything)[0][0]
+        tasks = list(enumerate(self.data.tasks))
+        rows = torch.cat([class_means(*self.features("train", j), task) for j, task in tasks])
+        features, labels = (
+            torch.cat(x) for x in zip(*(self.features("test", j) for j, _ in tasks))
+        )
+        return accuracies(cosine_logits(features, rows), labels, [range(len(rows))])[1]
 
     def results(self):
         """What results.json holds of the measurements; per cent, unrounded."""
-        c, matrix = self.c, self.matrix[self.c.read_out]
-        trained, tested = sum(self.budget) * (c.epochs or 0), sum(self.tested())
-        train, last = self.seconds["train"], self.records[-1]
+        c, last, second = self.c, self.records[-1], {"training": None, "inference": None}
+        if self.ham.w0:
+            second["training"] = sum(self.train_sizes) * c.epochs / self.seconds["train"]
+            second["inference"] = sum(self.seen) / self.seconds["evaluate"]
+        kept = [update for group in self.ham.groups for update in group.delta_w.values()]
+        kept = [x for u in kept for x in (u if isinstance(u, tuple) else (u,))]
         return {
-            **measures(matrix, self.sizes),
+            **measures(self.matrix[c.read_out], self.sizes),
             "task_known_accuracy": self.known[c.read_out],
             "head_accuracy": last.get("head_accuracy"),
             "class_mean_accuracy": last["class_mean_accuracy"],
             "class_mean_oracle": self.oracle(),
-            "accuracy_matrix": matrix,
+            "accuracy_matrix": self.matrix[c.read_out],
             "tasks": self.records,
             "test_images_per_task": self.sizes,
             "classes": self.data.names,
             "class_order": self.data.order,
-            "parameters_trained": trained_numbers(self.ham)
-            + (0 if not trained else self.rows["head"][0].numel() * len(self.data.tasks[-1])),
-            "parameters_stored": stored_numbers(self.ham) + self.rows[c.read_out].numel(),
+            "parameters_trained": self.trained,  # per task, LoRA and head
+            "parameters_stored": sum(x.numel() for x in [*kept, self.rows[c.read_out]]),
             "seconds": self.seconds,
-            "images_per_second": {
-                "training": trained / train if trained else None,
-                "inference": tested / self.seconds["evaluate"] if trained else None,
-            },
+            "images_per_second": second,
         }
 
-    def tested(self):
-        """Images that the evaluation after each task goes through."""
-        return [sum(self.sizes[: task + 1]) for task in range(self.c.tasks)]
-
     def seconds_left(self):
-        """Estimate: training and class means go by the task's images, evaluation by all seen."""
-        done, tested = len(self.records), self.tested()
-        learning = sum(self.seconds.values()) - self.seconds["evaluate"]
-        per_image = self.seconds["evaluate"] / sum(tested[:done])
-        oracle = per_image * (sum(self.budget) + sum(self.sizes))
-        left = learning / sum(self.budget[:done]) * sum(self.budget[done:])
-        return left + per_image * sum(tested[done:]) + oracle
-
-
-def trained_numbers(ham):
-    """Numbers trained in the last task beside the head: factors, α_i and every α_G."""
-    c, factors = ham.config, sum((ham.config.rank or 0) * sum(w.shape) for w in ham.w0.values())
-    return factors + (1 + min(c.g_max, c.tasks - 1) if c.train_alpha else 0)
-
-
-def stored_numbers(ham):
-    """Numbers kept for the next task and for inference beside the class rows: ΔW_G and α_G."""
-    updates = [update for group in ham.groups for update in group.delta_w.values()]
-    factors = [x for u in updates for x in (u if isinstance(u, tuple) else (u,))]
-    return sum(x.numel() for x in factors) + len(ham.groups)
+        """Estimate: a training step takes three forward passes, a test image one."""
+        done, passes = len(self.records), 3 * (self.c.epochs or 0) + 2
+        work = [passes * n + seen for n, seen in zip(self.train_sizes, self.seen)]
+        oracle = sum(self.train_sizes) + self.seen[-1]
+        return sum(self.seconds.values()) * (sum(work[done:]) + oracle) / sum(work[:done])
 
 
 def result_folder(c):
     """The run's folder; refuses one that holds another configuration."""
     parts = [Path(c.dataset).name, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
     folder = Path(c.out) / "-".join(filter(None, parts))
-    file = folder / "results.json"
+    file, paths = folder / "results.json", ("out", "data_dir", "weights")
     if file.is_file():
         old, new = json.loads(file.read_text())["config"], dataclasses.asdict(c)
-        paths = ("out", "data_dir", "weights")
-        other = [k for k in new if k not in paths and old.get(k) != new[k]]
+        other = ", ".join(k for k in new if k not in paths and old.get(k) != new[k])
         if other:
-            cure = f"({', '.join(other)}): give this one a --name or another --out"
-            raise InputError(f"{folder} holds a run with other settings {cure}")
+            cure = "give this one a --name or another --out"
+            raise InputError(f"{folder} holds a run with other settings ({other}): {cure}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -1023,15 +883,20 @@ def run(config):
     """
     c = resolve(config)
     folder, data, vit = result_folder(c), load_data(c), build_vit(c)
-    w0 = {} if c.method == "frozen" else lora_layers(vit, c.layers)
-    learner = Learner(vit, HAM(w0, c), data)
+    ham = HAM({} if c.method == "frozen" else lora_layers(vit, c.layers), c)
+    learner = Learner(vit, ham, data)
     say_start(learner)
     for task in range(c.tasks):
         learner.learn(task)
         say_task(learner)
     results = {"config": dataclasses.asdict(c)} | learner.results() | environment(c)
     save(folder, results, learner)
-    say_end(results, folder)
+    for key in ("final_accuracy", "average_incremental_accuracy", "forgetting"):
+        say(f"{key.replace('_', ' '):30}{results[key]:6.1f} %")
+    if ham.w0:
+        speed = "training {training:.0f}, inference {inference:.0f}"
+        say(f"images per second             {speed.format(**results['images_per_second'])}")
+    say(f"written: {folder}/results.json and model.safetensors\n")
     return results
 
 
@@ -1056,28 +921,26 @@ say = functools.partial(print, flush=True)
 
 def say_start(learner):
     """The block a run begins with: all that its figures depend on."""
-    c, data, w0 = learner.c, learner.data, learner.ham.w0
+    c, data, ham = learner.c, learner.data, learner.ham
     mean, std = data.transform["mean"], data.transform["std"]
     hub = "the timm hub" if c.dataset != "demo" else "pre-training on 40 other drawn classes"
     what = "held-out training" if c.validate else "test"
-    order = " ".join(map(str, data.order[:6]))
-    say(
-        f"method  {c.method}, seed {c.seed}, {c.device}, {c.precision}, {torch.get_num_threads()} threads"
-    )
+    order, threads = " ".join(map(str, data.order[:6])), torch.get_num_threads()
+    say(f"method  {c.method}, seed {c.seed}, {c.device}, {c.precision}, {threads} threads")
     say(f"model   {c.model}, weights from {c.weights or hub}")
     say(f"input   {c.img_size} px, crop {c.crop_pct}, mean {mean}, std {std}")
     say(f"data    {c.dataset}: {len(data.names)} classes in {c.tasks} tasks, order {order} ...")
-    say(f"        {sum(learner.budget)} training images, {sum(learner.sizes)} {what} images")
-    if w0:
-        number = f"{trained_numbers(learner.ham):,} numbers trained per task beside the head"
-        say(f"LoRA    rank {c.rank} on {len(w0)} layers ({c.layers}), lr {c.lr:g}: {number}")
+    say(f"        {sum(learner.train_sizes)} training images, {sum(learner.sizes)} {what} images")
+    if ham.w0:
+        number = f"{learner.trained:,} parameters trained per task"
+        say(f"LoRA    rank {c.rank} on {len(ham.w0)} layers ({c.layers}), lr {c.lr:g}, {number}")
     if c.method == "ham":
         say(f"groups  {c.merge}, {c.grouping}, τ {c.tau}, G_max {c.g_max}, ρ {c.rho} of {c.prune}")
 
 
 def say_task(learner):
     """One line per task, with what is left of the run."""
-    r, done, c = learner.records[-1], len(learner.records), learner.c
+    r, done, c, left = learner.records[-1], len(learner.records), learner.c, learner.seconds_left()
     text = (
         f"task {done:3}/{c.tasks}  accuracy {r['accuracy']:5.1f}  forgetting {r['forgetting']:4.1f}"
     )
@@ -1085,7 +948,6 @@ def say_task(learner):
         s, j = r["similarities"], r["group"]
         group = f"joins group {j}, s {s[j]:+.3f}" if j < len(s) else f"opens group {j}"
         text += f"  α {r['alpha']:.2f}  {group:23}"
-    left = learner.seconds_left()
     text += f"  {sum(r['seconds'].values()):6.1f} s"
     say(text + (f", {left / 60:.1f} min left" if done < c.tasks else ""))
     if done == 1 and left > 3600:
@@ -1094,62 +956,44 @@ def say_task(learner):
         )
 
 
-def say_end(results, folder):
-    """What was measured, and where it is."""
-    for key in (
-        "final_accuracy",
-        "average_incremental_accuracy",
-        "forgetting",
-        "learning_accuracy",
-    ):
-        say(f"{key.replace('_', ' '):30}{results[key]:6.1f} %")
-    for key, value in results["images_per_second"].items():
-        if value:
-            say(f"images per second, {key:11}{value:6.0f}")
-    say(f"written: {folder}/results.json and model.safetensors\n")
-
-
-def compare(config):
-    """The demo: HAM beside one LoRA trained on and on, and no training at all."""
-    methods = ("ham", "sequential", "frozen")
-    results = [run(dataclasses.replace(config, method=method)) for method in methods]
-    columns = ("final_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy")
-    say(" " * 12 + "".join(f"{c.replace('_', ' '):>30}" for c in columns))
-    for method, r in zip(methods, results):
-        say(f"{method:12}" + "".join(f"{r[c]:30.1f}" for c in columns))
-    say("the forgetting of `frozen` is what the growing number of classes does by itself")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f"ham.py: {message}\n")
+def fail(message):
+    """A mistake the user can mend: one line, exit status 2."""
+    print(f"ham.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(argv=None):
     """Command line -> Config: one flag per field, the manual made of the fields' own texts."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("ham.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "ham.py", None, __doc__, formatter_class=raw, allow_abbrev=False
+    )
+    parser.error = fail  # argparse's own would print the whole usage first
     for f in dataclasses.fields(Config):
-        flag, (low, high) = "--" + f.name.replace("_", "-"), f.metadata["range"]
-        notes = [] if f.default is None else [f"default {f.default}"]
-        notes += [] if low is None else [range_text(low, high)]
-        text = f.metadata["text"] + (f" [{', '.join(notes)}]" if notes else "")
+        notes = [f"default {f.default}"] if f.default is not None else []
+        notes += [f.metadata["limits"]] if f.metadata["limits"] else []
         kind = {"bool": bool, "int": int, "float": float}.get(f.type, str)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        how |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
-        parser.add_argument(flag, default=f.default, help=text, **how)
+        how |= (
+            {"default": f.default, "metavar": kind.__name__.upper()}
+            if kind is not bool
+            else {"default": f.default}
+        )
+        text = f"{f.metadata['text']} [{'; '.join(notes)}]".removesuffix(" []")
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     return Config(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):
-    """The command line: exit status 2 and one line for what the user can mend."""
+    """The command line."""
     config = parse(argv)
     try:
-        compare(config) if config.dataset == "demo" and not config.method else run(config)
+        if config.dataset == "demo" and not config.method:
+            demo.compare(run, config)
+        else:
+            run(config)
     except InputError as error:
-        Parser("ham.py").error(error)
+        fail(error)
 
 
 if __name__ == "__main__":

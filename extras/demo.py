@@ -4,6 +4,7 @@ A class is a shape, a texture and a colour; place, size, angle, shade, backgroun
 image to image. A small timm ViT is pre-trained on some of the classes, the tasks are made of others.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -91,9 +92,9 @@ def pattern(texture, x, y):
     return np.ones_like(x)
 
 
-def read(seed):
+def read(c, cfg):
     """Images of the tasks' classes. -> pixels (N, 3, 32, 32), training labels, test labels, names"""
-    names, random = class_names(seed)[1], np.random.RandomState(seed)
+    names, random = class_names(c.seed)[1], np.random.RandomState(c.seed)
     images = np.stack([draw(random, name, TRAIN + TEST) for name in names])
     parts = [part.reshape(-1, 3, 32, 32) for part in (images[:, :TRAIN], images[:, TRAIN:])]
     labels = [np.repeat(np.arange(len(names)), n) for n in (TRAIN, TEST)]
@@ -126,3 +127,14 @@ def pretrained(seed, device, precision, per_class=200, epochs=4, batch_size=64):
         optimiser.step()
         schedule.step()
     return {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
+
+
+def compare(run, config):
+    """HAM beside one LoRA trained on and on, and no training at all: three calls of ham.run."""
+    methods = ("ham", "sequential", "frozen")
+    results = [run(dataclasses.replace(config, method=method)) for method in methods]
+    columns = ("final_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy")
+    print(" " * 12 + "".join(f"{c.replace('_', ' '):>30}" for c in columns))
+    for method, r in zip(methods, results):
+        print(f"{method:12}" + "".join(f"{r[c]:30.1f}" for c in columns))
+    print("the forgetting of `frozen` is what the growing number of classes does by itself")
