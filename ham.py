@@ -448,7 +448,8 @@ def prepare(pixels, size, crop_pct, interpolation, mean, std):
     """
     x, side = pixels.float(), math.floor(size / crop_pct)
     if x.shape[-1] != side:
-        x = F.interpolate(x, size=side, mode=interpolation, antialias=True).round_().clamp_(0, 255)
+        for to in ((x.shape[-1], side), (side, side)):  # rows, then columns, 8 bit between, as PIL
+            x = F.interpolate(x, to, mode=interpolation, antialias=True).round_().clamp_(0, 255)
     edge = round((side - size) / 2)
     x = x[..., edge : edge + size, edge : edge + size] / 255
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
