@@ -58,7 +58,7 @@ def config(folder, out, **settings):
     return ham.Config(**(values | settings))
 
 
-def setup(folder, tmp_path, **settings):
+def untrained(folder, tmp_path, **settings):
     """ViT, HAM and data of a configuration, untrained."""
     c = ham.resolve(config(folder, tmp_path, **settings))
     vit, data = ham.build_vit(c), ham.load_data(c)
@@ -67,7 +67,7 @@ def setup(folder, tmp_path, **settings):
 
 def trained(folder, tmp_path, **settings):
     """The same after all its tasks, as a Learner."""
-    learner = ham.Learner(*setup(folder, tmp_path, **settings))
+    learner = ham.Learner(*untrained(folder, tmp_path, **settings))
     for task in range(learner.c.tasks):
         learner.learn(task)
     return learner
@@ -136,7 +136,7 @@ def c_steps(c, images):
 
 
 def test_training_lowers_the_loss(folder, tmp_path):
-    _, log = ham.train_task(*setup(folder, tmp_path, epochs=10), 0)
+    _, log = ham.train_task(*untrained(folder, tmp_path, epochs=10), 0)
     assert sum(x for x, _ in log[-5:]) < 0.7 * sum(x for x, _ in log[:5])
 
 
@@ -262,7 +262,7 @@ def test_a_new_adapter_changes_nothing(folder, tmp_path):
 
 @pytest.mark.parametrize(("merge", "tau"), [("mean", 1.0), ("sum", 1.0), ("sum", -1.0)])
 def test_opening_a_group_and_joining_under_sum_change_nothing(folder, tmp_path, merge, tau):
-    vit, h, data = setup(folder, tmp_path, merge=merge, tau=tau, rho=1.0)
+    vit, h, data = untrained(folder, tmp_path, merge=merge, tau=tau, rho=1.0)
     for task in range(3):
         p, _ = ham.train_task(vit, h, data, task)
         with torch.no_grad():
@@ -325,7 +325,7 @@ def test_fixed_importance_stays_at_1(folder, tmp_path):
 
 
 def test_pruned_adapter_is_what_is_merged(folder, tmp_path):
-    vit, h, data = setup(folder, tmp_path, rho=0.25, prune="factors")
+    vit, h, data = untrained(folder, tmp_path, rho=0.25, prune="factors")
     p, _ = ham.train_task(vit, h, data, 0)
     h.finish(0, p)
     for name, (b, a) in h.groups[0].delta_w.items():

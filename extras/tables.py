@@ -1,7 +1,7 @@
 """Make the tables of README.md from results/**/results.json.
 
-    python -m extras.tables            # rewrite what stands between the markers
-    python -m extras.tables --check    # exit status 1 if that would change anything
+python -m extras.tables            # rewrite what stands between the markers
+python -m extras.tables --check    # exit status 1 if that would change anything
 """
 
 import argparse
