@@ -149,7 +149,7 @@ def resolve(config: Config) -> Config:
     drawn = c["dataset"] == "demo"
     c["tasks"] = c["tasks"] or (10 if c["dataset"] in ("demo", "cub200") else 20)
     c["tasks"] = 1 if method == "joint" else c["tasks"]
-    if drawn and (c["model"] or c["weights"]):
+    if drawn and (c["model"] not in (None, "demo_vit") or c["weights"]):
         raise InputError("the demo pre-trains its own model: drop --model and --weights")
     c["model"], cfg = model_cfg("demo_vit" if drawn else c["model"])
     c["img_size"] = c["img_size"] or cfg["input_size"][-1]
@@ -919,7 +919,8 @@ def say_start(learner):
     """The block a run begins with: all that its figures depend on."""
     c, data, ham = learner.c, learner.data, learner.ham
     mean, std = data.transform["mean"], data.transform["std"]
-    hub = "the timm hub" if c.dataset != "demo" else "pre-training on 40 other drawn classes"
+    drawn = f"pre-training on {demo.PRETRAIN} other drawn classes"
+    hub = drawn if c.dataset == "demo" else "the timm hub"
     what = "held-out training" if c.validate else "test"
     order, threads = " ".join(map(str, data.order[:6])), torch.get_num_threads()
     say(f"method  {c.method}, seed {c.seed}, {c.device}, {c.precision}, {threads} threads")

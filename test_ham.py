@@ -655,9 +655,11 @@ def test_demo_as_a_user_runs_it(tmp_path):
         for m in tables.TABLES["cifar100"]
         if m != "average"
     }
+    for r in runs.values():  # nothing is trivially right, nor by chance (3.3 %)
+        assert 15 < r["final_accuracy"] < 60
     assert runs["ham"]["forgetting"] < runs["sequential"]["forgetting"]
-    assert 30 < runs["frozen"]["final_accuracy"] < runs["ham"]["final_accuracy"] < 95
-    assert done.stdout.count("\ntask") == 30 and "sequential" in done.stdout.splitlines()[-3]
+    assert runs["ham"]["final_accuracy"] > runs["sequential"]["final_accuracy"]
+    assert done.stdout.count("\ntask") == 30 and "sequential" in done.stdout.splitlines()[-4]
 
 
 # -------------------------------------------------------------------- The files and what they say
