@@ -27,9 +27,9 @@ symbol    name           shape           what it is
 W0        w0             (d, k)          a frozen weight, one per adapted layer
 B_i, A_i  b, a           (d, r), (r, k)  LoRA factors of task i; ΔW_i = B_i A_i, `delta_w`
 α_i       alpha          ()              importance of task i's adapter
-ΔW_G      groups[j]      (d, k)          adapter of group j: dense, or factors (d, r n), (r n, k)
+ΔW_G      Group.delta_w  (d, k)          adapter of a group: dense, or factors (d, r n), (r n, k)
 α_G       alpha_groups   (M,)            one importance per group, trained with every task
-M, G_max  g_max          int             groups so far, and the most there may be
+M, G_max  m, g_max       int             groups so far, and the most there may be
 τ         tau            float           similarity above which a task joins a group
 ρ         rho            float           fraction of weights that pruning keeps
 T         tasks          int             number of tasks;  C classes, D features, N images
@@ -42,12 +42,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
-import importlib
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -63,7 +59,7 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 from tqdm import tqdm
 
-from extras import datasets, demo
+from extras import datasets, demo, provenance
 
 # ------------------------------------------------------------------------------------------ Config
 
@@ -122,7 +118,9 @@ class Config:
     # training
     epochs: int = option(5, "epochs per task (our choice)", low=1)
     batch_size: int = option(32, "images per step (our choice)", low=1)
-    lr: float = option(None, "of A, B (our choice); default ham 1e-3, sequential 3e-4", low=1e-9)
+    lr: float = option(
+        None, "of A, B (our choice); default 1e-3, sequential 3e-4, cub200 1e-4", low=1e-9
+    )
     lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (our choice)", low=0)
     lr_head: float = option(1e-2, "learning rate of the head's rows (our choice)", low=0)
     seed: int = option(1993, "draws class order, A, shuffling and flips", low=0, high=2**32 - 1)
@@ -133,10 +131,10 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# Tried on held-out training images, results/README.md.
+# ham and sequential: the best tried on held-out images (results/README.md); the others: HAM's.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-3, "joint": 1e-3}
 LEARNING_RATE["sequential", "cub200"] = 1e-4
-LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's, not its best: so that drift can be seen
+LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
 TRAINING = ("rank", "layers", "epochs", "batch_size", "lr", "lr_head")
 GROUPING = ("tau", "g_max", "grouping", "rho", "prune", "merge", "lr_alpha")
 
@@ -157,11 +155,12 @@ def resolve(config: Config) -> Config:
     c["crop_pct"] = c["crop_pct"] or (1.0 if whole else cfg["crop_pct"])
     c["lr"] = c["lr"] or LEARNING_RATE.get((method, c["dataset"]), LEARNING_RATE.get(method))
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
-        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean", "train_alpha": False}
+        c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
+        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
     elif method != "ham":
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
     if method == "frozen":
-        c |= dict.fromkeys(TRAINING)
+        c |= dict.fromkeys(TRAINING) | {"read_out": "class-mean"}
     c["device"], c["precision"] = pick_device(c["device"], c["precision"])
     return Config(**c)
 
@@ -175,10 +174,12 @@ def check_ranges(c):
             wrong = not meta["low"] <= value <= meta["high"]
         if wrong and value is not None:
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be {meta['limits']}")
-    if not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
+    if c["layers"] and not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
         raise InputError(f"--layers {c['layers']}: any of qkv,proj,fc1,fc2, with commas between")
     if c["weights"] and not Path(c["weights"]).is_file():
         raise InputError(f"--weights {c['weights']}: no such file")
+    if c["name"] and "/" in c["name"]:
+        raise InputError(f"--name {c['name']}: part of a folder's name, without /")
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -227,7 +228,7 @@ def cosine_similarity(delta, groups):
 
     delta (P,), groups: M vectors (P,) -> list of M floats in [-1, 1].
     """
-    return [F.cosine_similarity(delta, group, dim=0).item() for group in groups]
+    return [F.cosine_similarity(delta, group, dim=0).clamp(-1, 1).item() for group in groups]
 
 
 def assign_group(similarities, tau, g_max):
@@ -308,8 +309,8 @@ class Trainable:
         """(1) for every layer. w0: dict name: (d, k) -> dict name: (d, k)"""
         weights = {}
         for name, w in w0.items():
-            groups = self.groups[name], self.alpha_groups
-            weights[name] = effective_weight(w, *groups, *self.adapter[name], self.alpha)
+            stacked = self.groups[name], self.alpha_groups
+            weights[name] = effective_weight(w, *stacked, *self.adapter[name], self.alpha)
         return weights
 
 
@@ -328,13 +329,13 @@ class HAM:
         c, under = self.config, self.groups if self.config.method == "ham" else []
         again = c.method in ("sequential", "joint") and self.groups
         adapter = self.groups[0].delta_w if again else new_adapter(self.w0, c.rank, c.seed)
-        groups = {  # w[None][:0]: an empty stack, for no groups
+        stacked = {  # w[None][:0]: an empty stack, for no groups
             name: torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in under)])
             for name, w in self.w0.items()
         }
         return Trainable(
             {name: tuple(x.clone().requires_grad_() for x in ba) for name, ba in adapter.items()},
-            groups,
+            stacked,
             torch.ones((), device=c.device, requires_grad=c.train_alpha),
             torch.tensor([g.alpha for g in under], device=c.device, requires_grad=c.train_alpha),
         )
@@ -351,7 +352,7 @@ class HAM:
         similarities = cosine_similarity(flat(adapter), (flat(g.delta_w) for g in self.groups))
         j = assign_group(similarities, c.tau, c.g_max)
         if c.grouping == "random" and j < len(self.groups):
-            j = int(self.draw.randint(len(self.groups)))
+            j = int(self.draw.randint(len(self.groups)))  # not whether to join, but which
         if j == len(self.groups):
             self.groups.append(Group())
         self.join(self.groups[j], task, adapter, record["alpha"])
@@ -432,7 +433,7 @@ def prepare(pixels, size, crop_pct, interpolation, mean, std):
     """
     x, side = pixels.float(), math.floor(size / crop_pct)
     if x.shape[-1] != side:
-        for to in ((x.shape[-1], side), (side, side)):  # rows, then columns, 8 bit between, as PIL
+        for to in ((x.shape[-1], side), (side, side)):  # width, then height, 8 bit between, as PIL
             x = F.interpolate(x, to, mode=interpolation, antialias=True).round_().clamp_(0, 255)
     edge = round((side - size) / 2)
     x = x[..., edge : edge + size, edge : edge + size] / 255
@@ -549,11 +550,11 @@ def train_task(vit, ham, data, task):
     # Means of the features as they are: rows of unit length would turn too far at this rate.
     means = [features[labels == k].mean(0) for k in range(len(classes))]
     p.head = torch.stack(means).clone().requires_grad_()
-    groups = [{"params": [x for ba in p.adapter.values() for x in ba], "lr": c.lr}]
-    groups += [{"params": [p.head], "lr": c.lr_head}]
+    parameters = [{"params": [x for ba in p.adapter.values() for x in ba], "lr": c.lr}]
+    parameters += [{"params": [p.head], "lr": c.lr_head}]
     if c.train_alpha:
-        groups += [{"params": [p.alpha, p.alpha_groups], "lr": c.lr_alpha}]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        parameters += [{"params": [p.alpha, p.alpha_groups], "lr": c.lr_alpha}]
+    optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
     steps = c.epochs * math.ceil(len(rows) / c.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     random, log = torch.Generator().manual_seed(1000 * c.seed + task), []
@@ -597,7 +598,7 @@ def extract(vit, weights, data, rows, c, batch_size=128):
 
 
 def accuracies(logits, labels, tasks):
-    """Per cent right over all C classes, per task; and overall, among each image's own task.
+    """Per cent right among all C classes, for each task; then of all images with the task known.
 
     logits (N, C), labels (N,), tasks: ranges of classes -> list of floats, float
     """
@@ -650,6 +651,8 @@ def pick_device(device, precision):
     """Resolve auto: cuda where there is one; bf16 on it and on CPUs with bf16 instructions."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: auto, cpu, cuda or cuda:N")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -685,13 +688,18 @@ def build_vit(c):
     file = {"file": c.weights, "custom_load": False} if c.weights else {}
     try:
         vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001, each file format and the hub have errors of their own
         cure = "is it this model's file?" if c.weights else "no network? Give the file, --weights"
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
         raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} {cure}") from None
+    patch = vit.patch_embed.patch_size[0] if hasattr(vit, "blocks") else math.inf
+    if c.img_size % patch or (c.model == "demo_vit" and c.img_size != 32):
+        raise InputError(
+            f"--img-size {c.img_size}: {c.model} takes multiples of {patch}, the demo 32"
+        )
     if c.model == "demo_vit":
         vit.load_state_dict(demo.pretrained(c.seed, c.device, c.precision))
-    if c.device == "cpu":  # there the fused kernel's backward takes half of a bf16 training step
+    if "cpu" in c.device:  # there the fused kernel's backward takes half of a bf16 training step
         for block in vit.blocks:
             block.attn.fused_attn = False
     return vit.requires_grad_(False).eval().to(c.device)
@@ -715,35 +723,10 @@ def autocast(c):
     return torch.autocast(kind, torch.bfloat16, enabled=c.precision == "bf16")
 
 
-def sha256(file):
-    """Hexadecimal digest of a file."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-SOURCE_SHA256 = sha256(__file__)  # when imported: a later edit is not what ran
-
-
-def environment(c):
-    """What the figures come from: versions, hardware, memory, source, weights."""
-    cuda, modules = "cuda" in c.device, (torch, torchvision, timm, np)
-    peak = torch.cuda.max_memory_allocated(c.device) if cuda else None
-    if not cuda and sys.platform == "linux":
-        peak = 1024 * importlib.import_module("resource").getrusage(0).ru_maxrss
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(c.device) if cuda else platform.machine()
-    return {
-        "versions": {m.__name__: m.__version__ for m in modules}
-        | {"python": sys.version.split()[0]},
-        "hardware": f"{name}, {torch.get_num_threads()} threads",
-        "peak_memory_bytes": peak,
-        "commit": commit or None,
-        "ham_sha256": SOURCE_SHA256,
-        "weights_sha256": sha256(c.weights) if c.weights else None,
-    }
-
-
 # --------------------------------------------------------------------------------------------- Run
+
+RECORD = ("loss", "alpha", "alpha_groups", "group", "similarities", "group_sizes")
+RECORD += ("images_per_second", "head_accuracy")  # null in a task's record where nothing is trained
 
 
 class Learner:
@@ -760,20 +743,20 @@ class Learner:
         self.matrix, self.known, self.records = {name: [] for name in read_outs}, {}, []
         self.seconds = {"train": 0.0, "merge": 0.0, "class_means": 0.0, "evaluate": 0.0}
         lora = sum(self.c.rank * sum(w.shape) for w in ham.w0.values())
-        self.trained = lora + len(data.tasks[-1]) * vit.num_features if ham.w0 else 0
+        self.trained = lora + len(data.tasks[0]) * vit.num_features if ham.w0 else 0
         if not ham.w0:  # frozen features never change: extracted once
             self.features = functools.cache(self.features)
 
     def learn(self, task):
         """One task: train, group and merge, take class means, evaluate. Appends its record."""
-        before, record = dict(self.seconds), {"images_per_second": None}
+        before, record = dict(self.seconds), dict.fromkeys(RECORD)
         if self.ham.w0:
             p, log = self.timed("train", train_task, self.vit, self.ham, self.data, task)
-            losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]
+            losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]  # of the last epoch
             if not all(map(math.isfinite, losses)):
                 raise InputError(f"task {task + 1}: the loss is not finite; lower --lr {self.c.lr}")
             self.rows["head"][list(self.data.tasks[task])] = p.head.detach()
-            record = {"loss": sum(losses) / len(losses)}
+            record["loss"] = sum(losses) / len(losses)
             record |= self.timed("merge", self.ham.finish, task, p)
             images = self.train_sizes[task] * self.c.epochs
             record["images_per_second"] = images / (self.seconds["train"] - before["train"])
@@ -791,7 +774,7 @@ class Learner:
         """Call a function and add its seconds to those spent on `what`."""
         start, result = time.perf_counter(), function(*args)
         if "cuda" in self.c.device:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.c.device)
         self.seconds[what] += time.perf_counter() - start
         return result
 
@@ -809,7 +792,7 @@ class Learner:
         """One pass over the test images of all classes seen: a row of each read-out's matrix."""
         seen = self.data.tasks[: task + 1]
         parts = [self.features("test", j) for j in range(task + 1)]
-        features, labels = (torch.cat(x) for x in zip(*parts))
+        self.tested = features, labels = [torch.cat(x) for x in zip(*parts)]
         for name, rows in self.rows.items():
             logits = cosine_logits(features, rows[: seen[-1][-1] + 1])
             per_task, self.known[name] = accuracies(logits, labels, seen)
@@ -817,12 +800,11 @@ class Learner:
 
     def oracle(self):
         """Accuracy of class means of all training images under the final model: never a result."""
-        tasks = list(enumerate(self.data.tasks))
-        rows = torch.cat([class_means(*self.features("train", j), task) for j, task in tasks])
-        features, labels = (
-            torch.cat(x) for x in zip(*(self.features("test", j) for j, _ in tasks))
-        )
-        return accuracies(cosine_logits(features, rows), labels, [range(len(rows))])[1]
+        parts = [self.features("train", task) for task in range(self.c.tasks)]
+        features, labels = (torch.cat(x) for x in zip(*parts))
+        rows = class_means(features, labels, range(len(self.data.names)))
+        features, labels = self.tested
+        return accuracies(cosine_logits(features, rows), labels, [range(len(rows))])[1]  # one task
 
     def results(self):
         """What results.json holds of the measurements; per cent, unrounded."""
@@ -835,7 +817,7 @@ class Learner:
         return {
             **measures(self.matrix[c.read_out], self.sizes),
             "task_known_accuracy": self.known[c.read_out],
-            "head_accuracy": last.get("head_accuracy"),
+            "head_accuracy": last["head_accuracy"],
             "class_mean_accuracy": last["class_mean_accuracy"],
             "class_mean_oracle": self.oracle(),
             "accuracy_matrix": self.matrix[c.read_out],
@@ -861,14 +843,17 @@ def result_folder(c):
     """The run's folder; refuses one that holds another configuration."""
     parts = [Path(c.dataset).name, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
     folder = Path(c.out) / "-".join(filter(None, parts))
-    file, paths = folder / "results.json", ("out", "data_dir", "weights")
-    if file.is_file():
-        old, new = json.loads(file.read_text())["config"], dataclasses.asdict(c)
-        other = ", ".join(k for k in new if k not in paths and old.get(k) != new[k])
+    if (folder / "results.json").is_file():
+        old, paths = (
+            json.loads((folder / "results.json").read_text()),
+            ("out", "data_dir", "weights"),
+        )
+        new = {k: v for k, v in dataclasses.asdict(c).items() if k not in paths}
+        other = [k for k in new if old["config"].get(k) != new[k]]
+        other += ["weights"] if old["weights_sha256"] != provenance.sha256(c.weights) else []
         if other:
             cure = "give this one a --name or another --out"
-            raise InputError(f"{folder} holds a run with other settings ({other}): {cure}")
-    folder.mkdir(parents=True, exist_ok=True)
+            raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
     return folder
 
 
@@ -885,7 +870,7 @@ def run(config):
     for task in range(c.tasks):
         learner.learn(task)
         say_task(learner)
-    results = {"config": dataclasses.asdict(c)} | learner.results() | environment(c)
+    results = {"config": dataclasses.asdict(c)} | learner.results() | provenance.environment(c)
     save(folder, results, learner)
     for key in ("final_accuracy", "average_incremental_accuracy", "forgetting"):
         say(f"{key.replace('_', ' '):30}{results[key]:6.1f} %")
@@ -903,6 +888,7 @@ def save(folder, results, learner):
     about = {"config": results["config"], "names": learner.data.names, "transform": transform}
     tensors = learner.vit.state_dict() | learner.weights | {"rows": learner.rows[c.read_out]}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "part"
     save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
     part.replace(folder / "model.safetensors")
@@ -919,8 +905,7 @@ def say_start(learner):
     """The block a run begins with: all that its figures depend on."""
     c, data, ham = learner.c, learner.data, learner.ham
     mean, std = data.transform["mean"], data.transform["std"]
-    drawn = f"pre-training on {demo.PRETRAIN} other drawn classes"
-    hub = drawn if c.dataset == "demo" else "the timm hub"
+    hub = "the timm hub" if c.dataset != "demo" else "pre-training on other drawn classes"
     what = "held-out training" if c.validate else "test"
     order, threads = " ".join(map(str, data.order[:6])), torch.get_num_threads()
     say(f"method  {c.method}, seed {c.seed}, {c.device}, {c.precision}, {threads} threads")
@@ -938,9 +923,8 @@ def say_start(learner):
 def say_task(learner):
     """One line per task, with what is left of the run."""
     r, done, c, left = learner.records[-1], len(learner.records), learner.c, learner.seconds_left()
-    text = (
-        f"task {done:3}/{c.tasks}  accuracy {r['accuracy']:5.1f}  forgetting {r['forgetting']:4.1f}"
-    )
+    text = f"task {done:3}/{c.tasks}  accuracy {r['accuracy']:5.1f}  "
+    text += f"forgetting {r['forgetting']:4.1f}"
     if c.method == "ham":
         s, j = r["similarities"], r["group"]
         group = f"joins group {j}, s {s[j]:+.3f}" if j < len(s) else f"opens group {j}"
@@ -948,9 +932,7 @@ def say_task(learner):
     text += f"  {sum(r['seconds'].values()):6.1f} s"
     say(text + (f", {left / 60:.1f} min left" if done < c.tasks else ""))
     if done == 1 and left > 3600:
-        say(
-            "        shorter: --images-per-class --test-images-per-class --epochs --img-size --model"
-        )
+        say("        shorter: --images-per-class, --test-images-per-class, --epochs, --img-size")
 
 
 def fail(message):
@@ -962,22 +944,16 @@ def fail(message):
 def parse(argv=None):
     """Command line -> Config: one flag per field, the manual made of the fields' own texts."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "ham.py", None, __doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = fail  # argparse's own would print the whole usage first
     for f in dataclasses.fields(Config):
         notes = [f"default {f.default}"] if f.default is not None else []
         notes += [f.metadata["limits"]] if f.metadata["limits"] else []
         kind = {"bool": bool, "int": int, "float": float}.get(f.type, str)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        how |= (
-            {"default": f.default, "metavar": kind.__name__.upper()}
-            if kind is not bool
-            else {"default": f.default}
-        )
+        how |= {"metavar": f.type.upper()} if kind is not bool else {}
         text = f"{f.metadata['text']} [{'; '.join(notes)}]".removesuffix(" []")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
     return Config(**vars(parser.parse_args(argv)))
 
 

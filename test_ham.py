@@ -606,6 +606,12 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
     assert done.returncode == 2 and "images_per_class" in done.stderr and "--name" in done.stderr
     assert file.read_bytes() == before
     assert cli(*flags(config(folder, tmp_path, method="frozen"))).returncode == 0  # the same may
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ham.InputError, match="other weights"):
+        ham.run(
+            config(folder, tmp_path, method="frozen", weights=str(tmp_path / "other.safetensors"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -622,6 +628,9 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
         (["--dataset", "cifar100", "--model", "vit_base_patch16_224.nope"], "nope"),
         (["--weights", "nowhere.pth", "--dataset", "cifar100"], "no such file"),
         (["--layers", "qkv,foo"], "qkv,proj,fc1,fc2"),
+        (["--img-size", "64"], "--img-size 64"),
+        (["--device", "meta"], "auto, cpu, cuda"),
+        (["--name", "a/b"], "--name a/b"),
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--tasks", "31", "--method", "frozen"], "only 30 classes"),
     ],
@@ -634,9 +643,21 @@ def test_a_bad_flag_gives_one_line_and_status_2(arguments, says, capsys, monkeyp
     assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("method", ["ham", "sequential", "average", "joint", "frozen"])
+def test_a_resolved_configuration_resolves_to_itself(folder, tmp_path, method):
+    for settings in ({}, {"read_out": "head"}):
+        c = ham.resolve(config(folder, tmp_path, method=method, **settings))
+        assert ham.resolve(c) == c
+    c = ham.resolve(ham.Config(method=method, out=str(tmp_path)))
+    assert ham.resolve(c) == c
+
+
 def test_wrong_weights_and_unreadable_images_are_named(folder, tmp_path):
     with pytest.raises(ham.InputError, match="is it this model's file"):
         ham.run(config(folder, tmp_path, model="vit_tiny_patch16_224"))
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(ham.InputError, match=r"bad\.safetensors"):
+        ham.run(config(folder, tmp_path, weights=str(tmp_path / "bad.safetensors")))
     bad = tmp_path / "bad"
     for part in ("train", "test"):
         (bad / part / "a").mkdir(parents=True)
@@ -721,7 +742,7 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ham.run(config(folder, "runs"))
     (tmp_path / "runs" / f"{folder.name}-T3-ham-s1993").rename(
-        tmp_path / "runs" / "demo-T10-ham-s1993"
+        tmp_path / "runs" / "cub200-T10-ham-s1993"
     )
     Image.open(folder / "test" / "class0" / "0.png").save("bird.jpg")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -107,7 +107,7 @@ def read(c, cfg):
 @functools.lru_cache(1)
 def pretrained(seed, device, precision, per_class=300, epochs=5, batch_size=64):
     """The model, trained on its own classes with AdamW and one cycle. -> state dict, no head"""
-    names, random = class_names(seed)[0], np.random.RandomState(seed + 1)
+    names, random = class_names(seed)[0], np.random.RandomState([seed, 1])
     pixels = torch.from_numpy(np.concatenate([draw(random, name, per_class) for name in names]))
     labels = torch.arange(len(names)).repeat_interleave(per_class).to(device)
     torch.manual_seed(seed)
