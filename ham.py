@@ -116,7 +116,7 @@ class Config:
     train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
     read_out: str = option("class-mean", "what classifies (our choice)", ("class-mean", "head"))
     # training
-    epochs: int = option(5, "epochs per task (our choice)", low=1)
+    epochs: int = option(None, "epochs per task (our choice); default 5, demo 10", low=1)
     batch_size: int = option(32, "images per step (our choice)", low=1)
     lr: float = option(
         None, "of A, B (our choice); default 1e-3, sequential 3e-4, cub200 1e-4", low=1e-9
@@ -153,6 +153,7 @@ def resolve(config: Config) -> Config:
     c["img_size"] = c["img_size"] or cfg["input_size"][-1]
     whole = c["dataset"] in ("demo", "cifar100")  # a crop would cut off what little there is
     c["crop_pct"] = c["crop_pct"] or (1.0 if whole else cfg["crop_pct"])
+    c["epochs"] = c["epochs"] or (10 if drawn else 5)
     c["lr"] = c["lr"] or LEARNING_RATE.get((method, c["dataset"]), LEARNING_RATE.get(method))
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}

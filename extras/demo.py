@@ -24,7 +24,7 @@ CFG = {
 SHAPES = ["disc", "ring", "cross", "triangle", "square", "hexagon", "trefoil", "star"]
 TEXTURES = ["plain", "striped", "checked", "ringed", "dotted"]
 COLOURS = ["red", "yellow", "green", "cyan", "blue", "magenta"]
-PRETRAIN, CLASSES = 12, 30  # classes to pre-train on, classes of the tasks
+PRETRAIN, CLASSES = 40, 30  # classes to pre-train on, classes of the tasks
 TRAIN, TEST = 100, 40  # images per class of the tasks
 
 
@@ -105,7 +105,7 @@ def read(c, cfg):
 
 
 @functools.lru_cache(1)
-def pretrained(seed, device, precision, per_class=300, epochs=5, batch_size=64):
+def pretrained(seed, device, precision, per_class=100, epochs=6, batch_size=64):
     """The model, trained on its own classes with AdamW and one cycle. -> state dict, no head"""
     names, random = class_names(seed)[0], np.random.RandomState([seed, 1])
     pixels = torch.from_numpy(np.concatenate([draw(random, name, per_class) for name in names]))
