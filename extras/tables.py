@@ -24,17 +24,6 @@ COLUMNS = {  # heading: key in results.json
 TABLES = {
     "cifar100": {m: f"cifar100-T20-{m}-i50" for m in ("ham", "sequential", "average", "frozen")},
     "cub200": {m: f"cub200-T10-{m}" for m in ("ham", "sequential", "average", "frozen")},
-    "validate-cifar100": {
-        "ham, ρ = 1": "validate/cifar100-T20-ham-rho1",
-        "ham, ρ = 0.5": "validate/cifar100-T20-ham-rho0.5",
-        "sequential, lr 1e-4": "validate/cifar100-T20-sequential-lr1e-4",
-        "sequential, lr 3e-4": "validate/cifar100-T20-sequential-lr3e-4",
-        "sequential, lr 1e-3": "validate/cifar100-T20-sequential-lr1e-3",
-    },
-    "validate-cub200": {
-        f"sequential, lr {lr}": f"validate/cub200-T10-sequential-lr{lr}"
-        for lr in ("3e-5", "1e-4", "3e-4")
-    },
 }
 
 
@@ -81,13 +70,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     check = parser.parse_args().check
-    for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
-        old = file.read_text(encoding="utf-8")
-        new = fill(old)
-        if check and new != old:
-            raise SystemExit(f"{file.name} is not what results/ says: python -m extras.tables")
-        if not check:
-            file.write_text(new, encoding="utf-8")
+    file = ROOT / "README.md"
+    old = file.read_text(encoding="utf-8")
+    new = fill(old)
+    if check and new != old:
+        raise SystemExit("README.md is not what results/ says: python -m extras.tables")
+    if not check:
+        file.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
