@@ -137,8 +137,9 @@ def compare(run, config):
     methods = ("ham", "sequential", "frozen")
     results = [run(dataclasses.replace(config, method=method)) for method in methods]
     columns = ("final_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy")
-    print(" " * 12 + "".join(f"{c.replace('_', ' '):>30}" for c in columns))
+    names = [c.removesuffix("_accuracy").replace("_", " ") for c in columns]
+    print(" " * 12 + "".join(f"{name:>21}" for name in names))
     for method, r in zip(methods, results):
-        print(f"{method:12}" + "".join(f"{r[c]:30.1f}" for c in columns))
+        print(f"{method:12}" + "".join(f"{r[c]:21.1f}" for c in columns))
     print("sequential: at HAM's learning rate here, not at its own best (README.md, Measured)")
     print("frozen: its forgetting is what the growing number of classes does by itself")
