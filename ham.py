@@ -13,8 +13,8 @@
 
 A frozen vision transformer learns tasks 1..T with disjoint classes, one after the other, keeping no
 image and never being told the task. Each task trains a LoRA adapter and an importance scalar on top
-of the groups so far; by cosine similarity the adapter joins one of at most G_max groups; there it is
-pruned, scaled and merged. All groups together are one module, folded into the weights for inference.
+of the groups so far; by cosine similarity the adapter joins one of at most G_max groups; there it
+is pruned, scaled and merged. All groups are folded into the weights for inference.
 
     python ham.py                                  # demo: nothing to download
     python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: wants a GPU)
@@ -110,7 +110,8 @@ class Config:
     prune: str = option("factors", "prune A, B or B A (our choice)", ("factors", "product"))
     merge: str = option(
         "mean",
-        "a group is its α-scaled members' mean, sum, or the mean of what tasks ended with (our choice)",
+        "a group is the mean or sum of its α-scaled members, or the mean of what its tasks ended "
+        "with (our choice)",
         ("mean", "sum", "solution"),
     )
     train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
@@ -689,7 +690,7 @@ def build_vit(c):
     file = {"file": c.weights, "custom_load": False} if c.weights else {}
     try:
         vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
-    except Exception as error:  # noqa: BLE001, each file format and the hub have errors of their own
+    except Exception as error:  # noqa: BLE001, each format has errors of its own
         cure = "is it this model's file?" if c.weights else "no network? Give the file, --weights"
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
         raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} {cure}") from None
@@ -883,7 +884,7 @@ def run(config):
 
 
 def save(folder, results, learner):
-    """results.json, and the folded model with what `load` needs; each appears whole or not at all."""
+    """results.json, and the folded model with what `load` needs; each appears whole or not."""
     c, transform = learner.c, dict(learner.data.transform)
     transform |= {"input_size": (3, transform.pop("size"), c.img_size), "crop_pct": c.crop_pct}
     about = {"config": results["config"], "names": learner.data.names, "transform": transform}
