@@ -480,7 +480,9 @@ def load_data(c):
     try:
         pixels, *labels, names = read.get(c.dataset, datasets.read_folder)(c, cfg)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}") from None
+        archive = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+        cure = f" (put {archive} there by hand)" if c.dataset == "cifar100" else ""
+        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}{cure}") from None
     order = class_order(len(names), c.class_order, c.seed)
     train, test = pick_rows(*map(np.asarray, labels), order, c)
     small = c.dataset in ("demo", "cifar100")  # image files are cropped when they are decoded
@@ -691,9 +693,9 @@ def build_vit(c):
     try:
         vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
     except Exception as error:  # noqa: BLE001, each format has errors of its own
-        cure = "is it this model's file?" if c.weights else "no network? Give the file, --weights"
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-        raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} {cure}") from None
+        cure = "is it this model's file?" if c.weights else "no network? give the file: --weights"
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} ({cure})") from None
     patch = vit.patch_embed.patch_size[0] if hasattr(vit, "blocks") else math.inf
     if c.img_size % patch or (c.model == "demo_vit" and c.img_size != 32):
         raise InputError(

@@ -652,6 +652,16 @@ def test_a_resolved_configuration_resolves_to_itself(folder, tmp_path, method):
     assert ham.resolve(c) == c
 
 
+def test_no_network_says_where_to_put_the_archive(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("<urlopen error>")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", refuse)
+    c = ham.resolve(ham.Config(dataset="cifar100", data_dir=str(tmp_path)))
+    with pytest.raises(ham.InputError, match=r"put https://.*cifar-100-python\.tar\.gz there"):
+        ham.load_data(c)
+
+
 def test_wrong_weights_and_unreadable_images_are_named(folder, tmp_path):
     with pytest.raises(ham.InputError, match="is it this model's file"):
         ham.run(config(folder, tmp_path, model="vit_tiny_patch16_224"))
