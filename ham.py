@@ -694,7 +694,7 @@ def build_vit(c):
         vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
     except Exception as error:  # noqa: BLE001, each format has errors of its own
         cure = "is it this model's file?" if c.weights else "no network? give the file: --weights"
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = type(error).__name__ + ": " + str(error).strip().partition("\n")[0]
         raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} ({cure})") from None
     patch = vit.patch_embed.patch_size[0] if hasattr(vit, "blocks") else math.inf
     if c.img_size % patch or (c.model == "demo_vit" and c.img_size != 32):
