@@ -120,7 +120,7 @@ class Config:
     epochs: int = option(None, "epochs per task (our choice); default 5, demo 10", low=1)
     batch_size: int = option(32, "images per step (our choice)", low=1)
     lr: float = option(
-        None, "of A, B (our choice); default 1e-3, sequential 3e-4, cub200 1e-4", low=1e-9
+        None, "of A, B (our choice); default 1e-3; sequential 3e-4 (cub200 1e-4)", low=1e-9
     )
     lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (our choice)", low=0)
     lr_head: float = option(1e-2, "learning rate of the head's rows (our choice)", low=0)
@@ -132,7 +132,7 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# ham and sequential: the best tried on held-out images (results/README.md); the others: HAM's.
+# ham, sequential: from earlier held-out trials, to be repeated (results/README.md); others: HAM's.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-3, "joint": 1e-3}
 LEARNING_RATE["sequential", "cub200"] = 1e-4
 LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen

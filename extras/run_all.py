@@ -53,7 +53,7 @@ def run_one(name, flags, args):
     """One run of ham.py in a process of its own; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
     if (folder / "results.json").is_file():
-        return
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -71,6 +71,7 @@ def run_one(name, flags, args):
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads, check=False
         ).returncode
     print(f"{name}: exit {code}, {(time.time() - start) / 60:.1f} min", flush=True)
+    return code
 
 
 def main():
@@ -84,10 +85,10 @@ def main():
         "--jobs", type=int, default=1, help="runs at a time; they share the processors"
     )
     args = parser.parse_args()
+    wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, flags in RUNS.items():
-            if any(part in name for part in args.only.split(",")):
-                pool.submit(run_one, name, flags, args)
+        codes = list(pool.map(lambda name: run_one(name, RUNS[name], args), wanted))
+    sys.exit(1 if any(codes) else 0)
 
 
 if __name__ == "__main__":
