@@ -86,7 +86,7 @@ class Config:
     images_per_class: int = option(None, "first n training images of a class; default all", low=1)
     test_images_per_class: int = option(None, "first n test images; default all", low=1)
     validate: bool = option(False, "test on the last 10 percent of each class's training images")
-    class_order: str = option("random", "random: drawn from the seed", ("random", "natural"))
+    class_order: str = option("random", "random: by seed; natural; or a FILE, a class per line")
     data_dir: str = option("data", "where data sets and decoded images lie")
     # model
     model: str = option(None, "timm ViT with its tag; default vit_base_patch16_224.augreg_in21k")
@@ -106,14 +106,15 @@ class Config:
     tau: float = option(0.1, "τ, join if s > τ; 1: open first (our choice)", low=-1, high=1)
     g_max: int = option(5, "G_max, most groups (the bound: abstract; 5: our choice)", low=1)
     grouping: str = option("cosine", "group to join (cosine: abstract)", ("cosine", "random"))
-    rho: float = option(0.5, "ρ, fraction that pruning keeps (our choice)", low=1e-6, high=1)
+    rho: float = option(0.9, "ρ, fraction that pruning keeps (our choice)", low=1e-6, high=1)
     prune: str = option("factors", "prune A, B or B A (our choice)", ("factors", "product"))
     merge: str = option(
-        "mean",
-        "a group is the mean or sum of its α-scaled members, or the mean of what its tasks ended "
-        "with (our choice)",
-        ("mean", "sum", "solution"),
+        "solution",
+        "a group is the mean of what its tasks ended with, or the mean or the sum of what they "
+        "added (our choice)",
+        ("solution", "mean", "sum"),
     )
+    gain: float = option(1.0, "factor of a new member's 1 / (n + 1) (our choice)", low=1)
     train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
     read_out: str = option("class-mean", "what classifies (our choice)", ("class-mean", "head"))
     # training
@@ -137,7 +138,7 @@ LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-3, "joint": 1e-3
 LEARNING_RATE["sequential", "cub200"] = 1e-4
 LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
 TRAINING = ("rank", "layers", "epochs", "batch_size", "lr", "lr_head")
-GROUPING = ("tau", "g_max", "grouping", "rho", "prune", "merge", "lr_alpha")
+GROUPING = ("tau", "g_max", "grouping", "rho", "prune", "merge", "gain", "lr_alpha")
 
 
 def resolve(config: Config) -> Config:
@@ -158,7 +159,7 @@ def resolve(config: Config) -> Config:
     c["lr"] = c["lr"] or LEARNING_RATE.get((method, c["dataset"]), LEARNING_RATE.get(method))
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
-        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
+        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean", "gain": 1.0}
     elif method != "ham":
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
     if method == "frozen":
@@ -261,15 +262,18 @@ def prune_update(update, rho, how):
     return prune(dense(update), rho)
 
 
-def shares(n, alpha_group, alpha, how):
+def shares(n, alpha_group, alpha, how, gain=1.0):
     """(4) Scale: what the new member and its group of n are multiplied with before they are added.
 
-    mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), our reading of "scale": members average out
-    sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
     solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, the mean of what each task ended with
+    mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), the mean of what each task added
+    sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
+    With a gain, the new member's 1 / (n + 1) is min(n + 1, gain) / (n + 1): inf is the sum.
     """
-    new = alpha if how == "sum" else alpha / (n + 1)
-    return new, alpha_group * (n / (n + 1) if how == "mean" else 1)
+    gain = math.inf if how == "sum" else gain
+    new = min(n + 1, gain) / (n + 1)
+    old = new * n / min(n, gain) if how == "mean" and n else 1.0
+    return alpha * new, alpha_group * old
 
 
 def merge(updates, weights):
@@ -364,7 +368,7 @@ class HAM:
     def join(self, group, task, adapter, alpha):
         """(3), (4) Put task i into a group, in place; an empty one becomes α_i prune(ΔW_i)."""
         c, n = self.config, len(group.members)
-        weights = shares(n, group.alpha, alpha, c.merge)
+        weights = shares(n, group.alpha, alpha, c.merge, c.gain)
         for name, ba in adapter.items():
             new = prune_update(ba, c.rho, c.prune)
             old = [group.delta_w[name]] if n else []
@@ -442,10 +446,23 @@ def prepare(pixels, size, crop_pct, interpolation, mean, std):
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
-def class_order(n, how, seed):
-    """The order in which n classes arrive: the field's seeded permutation, or label order."""
-    random = np.random.RandomState(seed)
-    return list(range(n)) if how == "natural" else random.permutation(n).tolist()
+def class_order(names, how, seed):
+    """The order in which classes arrive, as numbers in the data set's own order.
+
+    random: the field's seeded permutation; natural: label order; else a file with a class name per
+    line. Where blank lines divide it into blocks, the seed draws the order of the blocks.
+    """
+    random, n = np.random.RandomState(seed), len(names)
+    if how in ("random", "natural"):
+        return random.permutation(n).tolist() if how == "random" else list(range(n))
+    if not Path(how).is_file():
+        raise InputError(f"--class-order {how}: random, natural, or a file with a class per line")
+    blocks = [block.split("\n") for block in Path(how).read_text("utf-8").strip().split("\n\n")]
+    listed = [name for i in random.permutation(len(blocks)) for name in blocks[i]]
+    if sorted(listed) != sorted(names):
+        wrong = set(listed) ^ set(names) or {x for x in listed if listed.count(x) > 1}
+        raise InputError(f"--class-order {how}: {n} classes, each once; see {sorted(wrong)}")
+    return [names.index(name) for name in listed]
 
 
 def split_tasks(n, tasks):
@@ -483,7 +500,7 @@ def load_data(c):
         archive = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
         cure = f" (put {archive} there by hand)" if c.dataset == "cifar100" else ""
         raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}{cure}") from None
-    order = class_order(len(names), c.class_order, c.seed)
+    order = class_order(names, c.class_order, c.seed)
     train, test = pick_rows(*map(np.asarray, labels), order, c)
     small = c.dataset in ("demo", "cifar100")  # image files are cropped when they are decoded
     transform = {"size": c.img_size, "crop_pct": c.crop_pct if small else 1.0}

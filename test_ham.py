@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import ham
-from extras import demo, tables
+from extras import demo, run_all, tables
 
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
@@ -218,6 +218,19 @@ def test_at_fixed_scalars_a_group_is_its_members_mean_or_sum_in_any_order(how):
         for n, new in enumerate(order[1:], 1):
             group = ham.merge([new, group], ham.shares(n, 1.0, 1.0, how))
         torch.testing.assert_close(ham.dense(group), want)
+
+
+@pytest.mark.parametrize("how", ["mean", "solution"])
+@pytest.mark.parametrize("gain", [1.0, 2.0, 2.5, 5.0, 100.0])
+def test_gain_is_a_factor_of_a_members_share_up_to_the_sum(how, gain):
+    members = [b @ a for b, a in updates(5, "factors")]
+    group = members[0]
+    for n, new in enumerate(members[1:], 1):
+        group = ham.merge([new, group], ham.shares(n, 1.0, 1.0, how, gain))
+        share = [min(m, gain) / m for m in range(1, n + 2)]
+        share = share[-1:] * (n + 1) if how == "mean" else share
+        want = sum(s * member for s, member in zip(share, members))
+        torch.testing.assert_close(group, want)
 
 
 def test_merge_concatenates_along_the_rank_until_dense_is_smaller():
@@ -417,9 +430,33 @@ def test_frozen_is_nearest_class_mean_of_the_bare_model(folder, tmp_path):
 
 
 def test_class_order_is_the_public_one():
-    assert ham.class_order(100, "random", 1993)[:6] == [68, 56, 78, 8, 23, 84]
-    assert ham.class_order(5, "natural", 1993) == [0, 1, 2, 3, 4]
-    assert ham.class_order(200, "random", 7) == np.random.RandomState(7).permutation(200).tolist()
+    assert ham.class_order(range(100), "random", 1993)[:6] == [68, 56, 78, 8, 23, 84]
+    assert ham.class_order("edcba", "natural", 1993) == [0, 1, 2, 3, 4]
+    want = np.random.RandomState(7).permutation(200).tolist()
+    assert ham.class_order(range(200), "random", 7) == want
+
+
+def test_class_order_from_a_file(tmp_path):
+    names, file = ["ant", "bee", "cat", "dog"], tmp_path / "order.txt"
+    file.write_text("dog\nant\nbee\ncat\n")
+    assert ham.class_order(names, str(file), 1) == [3, 0, 1, 2]
+    file.write_text("cat\ndog\n\nbee\nant\n")  # blocks: whole, in an order drawn from the seed
+    orders = {tuple(ham.class_order(names, str(file), seed)) for seed in range(20)}
+    assert orders == {(2, 3, 1, 0), (1, 0, 2, 3)}
+    for text, named in (("ant\nbee\ncat", "dog"), ("ant\nbee\ncat\ndog\ndog", "dog")):
+        file.write_text(text)
+        with pytest.raises(ham.InputError, match=named):
+            ham.class_order(names, str(file), 1)
+    with pytest.raises(ham.InputError, match="natural, or a file"):
+        ham.class_order(names, "nowhere.txt", 1)
+
+
+def test_superclasses_are_20_blocks_of_5():
+    text = (ROOT / "extras/cifar100_superclasses.txt").read_text(encoding="utf-8")
+    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
+    assert [len(block) for block in blocks] == [5] * 20
+    assert len({name for block in blocks for name in block}) == 100
+    assert ["beaver", "dolphin", "otter", "seal", "whale"] in blocks
 
 
 def test_tasks_share_out_the_classes():
@@ -729,18 +766,51 @@ def test_inline_metadata_is_the_run_time_part_of_the_requirements():
 
 
 def test_readme_tables_are_made_from_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"<!-- table (\S+) -->", text) == list(tables.TABLES)
-    assert tables.fill(text) == text
+    for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert re.findall(r"<!-- table (\S+) -->", text), file
+        assert tables.fill(text) == text, file
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_readme_says_that_ham_is_best_in_both_tables(name):
-    final = {
-        m: [r["final_accuracy"] for r in tables.load(run)] for m, run in tables.TABLES[name].items()
-    }
-    assert "the highest final accuracy in both tables" in (ROOT / "README.md").read_text()
-    assert min(final.pop("ham")) > max(max(values) for values in final.values())
+def test_claims_and_paired_differences_by_hand(tmp_path):
+    finals = {"ham": (70.0, 74.0), "sequential": (69.0, 71.0), "frozen": (50.0,), "joint": (76.0,)}
+    rows = tables.methods("cub200", 10)
+    for method, values in finals.items():
+        for seed, value in zip((1993, 1994), values):
+            folder = tmp_path / f"{rows[method]}-s{seed}"
+            folder.mkdir()
+            r = {"config": {"seed": seed}, "final_accuracy": value, "forgetting": 80 - value}
+            (folder / "results.json").write_text(json.dumps(r))
+    runs = {m: tables.load(rows[m], tmp_path) for m in finals}
+    assert tables.paired(runs["ham"], runs["sequential"]) == (2.0, 1.0)  # 1 and 3
+    assert tables.paired(runs["ham"], runs["frozen"]) == (20.0, None)
+    line = tables.claims(tmp_path).splitlines()[-1]
+    assert (
+        "72.0 ± 2.8 | 70.0 ± 1.4 | – | 50.0 | 76.0 | +2.0 ± 1.0 | 33 % | -20.0 / -19.0 | 2" in line
+    )
+
+
+def test_figure_is_drawn_from_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    tables.draw(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 300 and len(set(image.convert("L").tobytes())) > 50
+
+
+def test_every_run_of_the_tables_can_be_repeated():
+    """run_all's flags parse, and a committed run of a table is one of run_all's, same settings."""
+    rows = {run for table in tables.TABLES.values() for run in table.values()}
+    assert rows == {re.sub(r"-s\d+$", "", name) for name in run_all.RUNS}
+    for name, flags in run_all.RUNS.items():
+        c = ham.parse(flags.split())
+        assert ham.result_folder(c) == Path("results") / name
+        file = ROOT / "results" / name / "results.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())["config"]
+            paths = ("out", "data_dir", "weights", "device", "precision")
+            now = dataclasses.asdict(ham.resolve(c))
+            now = {k: v for k, v in now.items() if k not in paths}
+            assert {k: stored.get(k) for k in now} == now, name
 
 
 def test_committed_results_are_whole():

@@ -1,9 +1,11 @@
 """Repeat every run behind the tables of README.md and results/README.md.
 
     python -m extras.run_all --data-dir data --weights data/deit_tiny_patch16_224.safetensors
-    python -m extras.run_all --only validate --jobs 2     # two runs at a time, one thread each
+    python -m extras.run_all --only cub200 --jobs 2       # two runs at a time, one thread each
+    python -m extras.run_all --list                       # what is missing
 
-A run whose results.json is there is skipped, so this can be stopped and started. It commits nothing.
+Runs are in the order of their worth. One whose results.json is there is skipped, so this can be
+stopped and started. It commits nothing.
 """
 
 import argparse
@@ -15,77 +17,90 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--model deit_tiny_patch16_224.fb_in1k --img-size 160 "
-CIFAR = (
-    SMALL
-    + "--dataset cifar100 --tasks 20 --images-per-class 50 --test-images-per-class 50 --name i50 "
-)
-CUB = SMALL + "--dataset cub200 --tasks 10 "
-HELD_OUT = "--out results/validate --validate --test-images-per-class 20 "
+SEEDS = (1993, 1994, 1995)
 
-# name (the folder below results/): flags. Choices are made on held-out training images, seed 1993.
-RUNS = {}
-CIFAR_HELD_OUT = CIFAR.replace("--test-images-per-class 50 --name i50 ", "") + HELD_OUT
-for name, flags in {
-    "ham-rho1": "--method ham --rho 1",
-    "ham-rho0.7": "--method ham --rho 0.7",
-    "ham-rho0.5": "--method ham --rho 0.5",
-    "sequential-lr3e-4": "--method sequential --lr 3e-4",
-    "sequential-lr1e-3": "--method sequential --lr 1e-3",
-    "sequential-lr1e-4": "--method sequential --lr 1e-4",
-}.items():
-    method, tag = name.split("-", 1)
-    RUNS[f"validate/cifar100-T20-{method}-{tag}-s1993"] = f"{CIFAR_HELD_OUT}{flags} --name {tag}"
-for tag in ("1e-4", "3e-4", "3e-5"):
-    flags = f"--method sequential --lr {tag} --name lr{tag}"
-    RUNS[f"validate/cub200-T10-sequential-lr{tag}-s1993"] = f"{CUB}{HELD_OUT}{flags}"
+RUNS = {}  # name (the folder below results/): flags
 
-# the tables: test images
-for seed in (1993, 1994, 1995):
-    for method in ("ham", "sequential", "average", "frozen"):
-        if seed == 1993 or method in ("ham", "sequential"):
-            flags = f"--out results --method {method} --seed {seed}"
-            RUNS[f"cifar100-T20-{method}-i50-s{seed}"] = f"{CIFAR}{flags}"
-            RUNS[f"cub200-T10-{method}-s{seed}"] = f"{CUB}{flags}"
+
+def add(data, tasks, methods, flags, name="", seeds=SEEDS, out=""):
+    """Add a run per seed and method. name: ham.py's --name; out: a folder below results/."""
+    model = "--model deit_tiny_patch16_224.fb_in1k --img-size 160"
+    for seed, method in ((seed, method) for seed in seeds for method in methods.split()):
+        t = 1 if method == "joint" else tasks
+        run = "-".join(filter(None, [data, f"T{t}", method, name, f"s{seed}"]))
+        RUNS[out + run] = f"{model} --dataset {data} --tasks {t} --method {method} --seed {seed} "
+        RUNS[out + run] += f"--out results/{out} {flags}" + (f" --name {name}" if name else "")
+
+
+# 1. CIFAR-100, test images. Where a control has one seed it is 1993.
+TEST = "--test-images-per-class 50"
+I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
+for tasks in (20, 50):
+    add("cifar100", tasks, "ham sequential", I50, "i50")
+    add("cifar100", tasks, "average frozen joint", I50, "i50", SEEDS[:1])
+add("cifar100", 20, "ham sequential", I250, "i250")
+add("cifar100", 20, "average frozen joint", I250, "i250", SEEDS[:1])
+
+# 3. CUB-200, all images
+add("cub200", 10, "ham sequential", "")
+add("cub200", 10, "average frozen joint", "", seeds=SEEDS[:1])
+add("cub200", 20, "ham sequential average frozen", "", seeds=SEEDS[:1])
+
+# 2. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses
+PARTS = {
+    "one-group": "--g-max 1",
+    "one-group-gain5": "--g-max 1 --gain 5",
+    "random": "--grouping random",
+    "each-its-own": "--tau 1 --g-max 20",
+    "sum": "--merge sum",
+    "rho1": "--rho 1",
+    "rho0.3": "--rho 0.3",
+    "no-alpha": "--no-train-alpha",
+    "gmax2": "--g-max 2",
+    "gmax10": "--g-max 10",
+}
+for part, flags in PARTS.items():
+    add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{part}")
+SUPER = f"{I50} --class-order extras/cifar100_superclasses.txt"
+add("cifar100", 20, "ham", SUPER, "i50-super")
+add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
+
+# 4. All 50,000 images; and few tasks
+add("cifar100", 20, "ham sequential frozen", "", "160px", SEEDS[:1])
+for tasks in (10, 5):
+    add("cifar100", tasks, "ham sequential average frozen", I50, "i50", SEEDS[:1])
 
 
 def run_one(name, flags, args):
     """One run of ham.py in a process of its own; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
-    if (folder / "results.json").is_file():
-        return 0
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "ham.py",
-        *flags.split(),
-        "--data-dir",
-        args.data_dir,
-        "--weights",
-        args.weights,
-    ]
+    command = [sys.executable, "ham.py", *flags.split()]
+    command += ["--data-dir", args.data_dir, "--weights", args.weights]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
     start = time.time()
     with open(folder / "log.txt", "w") as log:
-        code = subprocess.run(
+        done = subprocess.run(
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads, check=False
-        ).returncode
-    print(f"{name}: exit {code}, {(time.time() - start) / 60:.1f} min", flush=True)
-    return code
+        )
+    print(f"{name}: exit {done.returncode}, {(time.time() - start) / 60:.1f} min", flush=True)
+    return done.returncode
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--weights", default="data/deit_tiny_patch16_224.safetensors")
     parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; they share the processors"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the machine")
+    parser.add_argument("--list", action="store_true", help="print what is missing, run nothing")
     args = parser.parse_args()
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
+    wanted = [name for name in wanted if not (ROOT / "results" / name / "results.json").is_file()]
+    if args.list:
+        print("\n".join(f"{name}: {RUNS[name]}" for name in wanted))
+        return
     with ThreadPoolExecutor(args.jobs) as pool:
         codes = list(pool.map(lambda name: run_one(name, RUNS[name], args), wanted))
     sys.exit(1 if any(codes) else 0)

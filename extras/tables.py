@@ -1,7 +1,7 @@
-"""Make the tables of README.md from results/**/results.json.
+"""Make the tables and the figure of README.md and results/README.md from results/**/results.json.
 
-python -m extras.tables            # rewrite what stands between the markers
-python -m extras.tables --check    # exit status 1 if that would change anything
+python -m extras.tables            # rewrite what stands between the markers, and the figure
+python -m extras.tables --check    # exit status 1 if that would change a table
 """
 
 import argparse
@@ -20,10 +20,52 @@ COLUMNS = {  # heading: key in results.json
     "by the head": "head_accuracy",
     "oracle means": "class_mean_oracle",
 }
-# name of a table: its rows, each a label and the run's folder without its seed
+
+
+METHODS = ("ham", "sequential", "average", "frozen", "joint")
+
+
+def methods(data, tasks, name="", names=METHODS):
+    """Rows of a table of methods: label -> the run's folder without its seed."""
+    of = {m: 1 if m == "joint" else tasks for m in names}
+    return {m: "-".join(filter(None, [data, f"T{of[m]}", m, name])) for m in names}
+
+
+PART = "cifar100-T20-ham-i50"
 TABLES = {
-    "cifar100": {m: f"cifar100-T20-{m}-i50" for m in ("ham", "sequential", "average", "frozen")},
-    "cub200": {m: f"cub200-T10-{m}" for m in ("ham", "sequential", "average", "frozen")},
+    "cifar100": methods("cifar100", 20, "i50"),
+    "cifar100-T50": methods("cifar100", 50, "i50"),
+    "cifar100-i250": methods("cifar100", 20, "i250"),
+    "cub200": methods("cub200", 10),
+    "cub200-T20": methods("cub200", 20),
+    "cifar100-T10": methods("cifar100", 10, "i50"),
+    "cifar100-T5": methods("cifar100", 5, "i50"),
+    "cifar100-all": methods("cifar100", 20, "160px", ("ham", "sequential", "frozen")),
+    "parts": {
+        "HAM": PART,
+        "one group": f"{PART}-one-group",
+        "one group, 5 × the mean": f"{PART}-one-group-gain5",
+        "random group": f"{PART}-random",
+        "one group per task": f"{PART}-each-its-own",
+        "sum, literal": f"{PART}-sum",
+        "no pruning": f"{PART}-rho1",
+        "ρ = 0.3": f"{PART}-rho0.3",
+        "α = 1, fixed": f"{PART}-no-alpha",
+        "G_max = 2": f"{PART}-gmax2",
+        "G_max = 10": f"{PART}-gmax10",
+    },
+    "superclasses": {"HAM": f"{PART}-super", "random group": f"{PART}-super-random"},
+}
+# The settings in which methods are compared: a line of the table of claims each, in this order.
+SETTINGS = {
+    "CIFAR-100, 50 per class, T = 5": "cifar100-T5",
+    "CIFAR-100, 50 per class, T = 10": "cifar100-T10",
+    "CIFAR-100, 50 per class, T = 20": "cifar100",
+    "CIFAR-100, 50 per class, T = 50": "cifar100-T50",
+    "CIFAR-100, 250 per class, T = 20": "cifar100-i250",
+    "CIFAR-100, all images, T = 20": "cifar100-all",
+    "CUB-200, T = 10": "cub200",
+    "CUB-200, T = 20": "cub200-T20",
 }
 
 
@@ -35,48 +77,168 @@ def load(run, results=ROOT / "results"):
     return [json.loads(file.read_text()) for file in files]
 
 
-def cell(values):
+def measured(rows, results=ROOT / "results"):
+    """label -> run, less the runs of which no seed is there."""
+    return {k: run for k, run in rows.items() if any(Path(results).glob(f"{run}-s[0-9]*/*.json"))}
+
+
+def paired(one, other, key="final_accuracy"):
+    """Difference of two runs' means over the seeds both have; its standard error, None for one."""
+    other = {r["config"]["seed"]: r[key] for r in other}
+    both = [r[key] - other[s] for r in one if (s := r["config"]["seed"]) in other]
+    error = statistics.stdev(both) / len(both) ** 0.5 if len(both) > 1 else None
+    return statistics.mean(both), error
+
+
+def cell(values, digits=1):
     """Mean, and ± standard deviation of two seeds or more; a dash where it does not apply."""
-    if None in values:
+    if not values or None in values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def markdown(head, lines):
+    """A Markdown table. head: headings; lines: lists of cells"""
+    rule = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
 
 
 def table(rows, results=ROOT / "results"):
     """Markdown table of accuracies (per cent), parameters stored and seconds. rows: label -> run"""
-    lines = ["| | " + " | ".join([*COLUMNS, "stored", "train s", "seeds"]) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 4) + "|")
+    lines = []
     for label, run in rows.items():
         runs = load(run, results)
         cells = [cell([r[key] for r in runs]) for key in COLUMNS.values()]
-        cells.append(f"{runs[0]['parameters_stored'] / 1e3:,.0f} k")
+        cells.append(f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k")
         cells.append(f"{statistics.mean(r['seconds']['train'] for r in runs):.0f}")
-        cells.append(", ".join(str(r["config"]["seed"]) for r in runs))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([label, *cells, ", ".join(str(r["config"]["seed"]) for r in runs)])
+    return markdown(["", *COLUMNS, "stored", "train s", "seeds"], lines)
+
+
+def claims(results=ROOT / "results"):
+    """HAM against the controls, a line per setting: what the abstract claims, as far as measured.
+
+    The difference to `sequential` is seed by seed, ± its standard error. Forgetting is that above
+    `frozen`'s, of the seeds both have.
+    """
+    lines = []
+    for label, name in SETTINGS.items():
+        runs = {m: load(r, results) for m, r in measured(TABLES[name], results).items()}
+        if not {"ham", "sequential"} <= set(runs):
+            continue
+        ham, final = runs["ham"], {m: [r["final_accuracy"] for r in runs[m]] for m in runs}
+        gap, error = paired(ham, runs["sequential"])
+        means = {m: statistics.mean(values) for m, values in final.items()}
+        way = means.get("joint", means["sequential"]) - means["sequential"]
+        way = f"{100 * (means['ham'] - means['sequential']) / way:.0f} %" if way > 0 else "–"
+        forgot = [
+            f"{paired(runs[m], runs['frozen'], 'forgetting')[0]:.1f}" if "frozen" in runs else "–"
+            for m in ("ham", "sequential")
+        ]
+        cells = [cell(final.get(m)) for m in METHODS]
+        gap = f"{gap:+.1f}" + (f" ± {error:.1f}" if error is not None else "")
+        lines.append([label, *cells, gap, way, " / ".join(forgot), str(len(ham))])
+    return markdown(
+        [
+            "final accuracy",
+            *METHODS,
+            "ham − sequential",
+            "of the way to joint",
+            "forgetting above frozen's: ham / sequential",
+            "seeds",
+        ],
+        lines,
+    )
+
+
+def efficiency(results=ROOT / "results"):
+    """What each method costs: seconds, images per second, parameters, memory; mean over seeds."""
+    lines = []
+    for label, name in SETTINGS.items():
+        for method, run in measured(TABLES[name], results).items():
+            runs = load(run, results)
+            speed = [[r["images_per_second"][k] for r in runs] for k in ("training", "inference")]
+            lines.append(
+                [
+                    label,
+                    method,
+                    cell([r["seconds"]["train"] for r in runs], 0),
+                    cell([r["seconds"]["merge"] for r in runs]),
+                    *(cell(s, 0) for s in speed),
+                    f"{runs[0]['parameters_trained'] / 1e3:,.0f} k",
+                    f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k",
+                    cell([r["peak_memory_bytes"] / 2**30 for r in runs]),
+                ]
+            )
+    head = ["", "method", "training s", "grouping and merging s", "training images/s"]
+    head += ["inference images/s", "trained per task", "stored", "peak memory GiB"]
+    return markdown(head, lines)
+
+
+def made(name, results=ROOT / "results"):
+    """The table of that name, Markdown."""
+    if name in ("claims", "efficiency"):
+        return {"claims": claims, "efficiency": efficiency}[name](results)
+    return table(measured(TABLES[name], results), results)
 
 
 def fill(text, results=ROOT / "results"):
     """Replace what stands between <!-- table NAME --> and <!-- end -->."""
+    between = re.compile(r"(<!-- table (\S+) -->).*?(<!-- end -->)", re.DOTALL)
+    return between.sub(lambda m: f"{m[1]}\n{made(m[2], results)}\n{m[3]}", text)
 
-    def made(match):
-        return f"{match[1]}\n{table(TABLES[match[2]], results)}\n{match[3]}"
 
-    return re.sub(r"(<!-- table (\S+) -->).*?(<!-- end -->)", made, text, flags=re.DOTALL)
+def figure(axes, names, results=ROOT / "results"):
+    """Draw accuracy against tasks, an axis per setting; bands from the lowest to the highest seed."""
+    styles = {"ham": "o-", "sequential": "s--", "average": "v-.", "frozen": "^:"}
+    titles = {name: label for label, name in SETTINGS.items()}
+    for ax, name in zip(axes, names):
+        for label, run in measured(TABLES[name], results).items():
+            curves = [[t["accuracy"] for t in r["tasks"]] for r in load(run, results)]
+            if label == "joint":  # one task: a line at its height
+                ax.axhline(curves[0][0], color="#999999", lw=1, label="joint")
+                continue
+            steps, mean = range(1, len(curves[0]) + 1), [statistics.mean(x) for x in zip(*curves)]
+            (line,) = ax.plot(steps, mean, styles[label], ms=4, label=label)
+            low, high = [min(x) for x in zip(*curves)], [max(x) for x in zip(*curves)]
+            ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        ax.set(title=titles[name], xlabel="after task", ylabel="accuracy, all classes seen (%)")
+    axes[0].legend(frameon=False)
+
+
+def draw(file, results=ROOT / "results"):
+    """The figure of accuracy against tasks, of all settings in which `sequential` was measured."""
+    import matplotlib  # not needed for the tables
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in SETTINGS.values() if "sequential" in measured(TABLES[n], results)]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    size = {"figsize": (4.6 * columns, 3.4 * rows), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    figure(axes.flat, names, results)
+    fig.savefig(file, dpi=80, metadata={"Software": None})
+    plt.close(fig)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     check = parser.parse_args().check
-    file = ROOT / "README.md"
-    old = file.read_text(encoding="utf-8")
-    new = fill(old)
-    if check and new != old:
-        raise SystemExit("README.md is not what results/ says: python -m extras.tables")
+    for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        old = file.read_text(encoding="utf-8")
+        new = fill(old)
+        if check and new != old:
+            raise SystemExit(f"{file.name} is not what results/ says: python -m extras.tables")
+        if not check:
+            file.write_text(new, encoding="utf-8")
     if not check:
-        file.write_text(new, encoding="utf-8")
+        draw(ROOT / "results" / "accuracy.png")
 
 
 if __name__ == "__main__":
