@@ -159,7 +159,7 @@ def resolve(config: Config) -> Config:
     c["lr"] = c["lr"] or LEARNING_RATE.get((method, c["dataset"]), LEARNING_RATE.get(method))
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
-        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean", "gain": 1.0}
+        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
     elif method != "ham":
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
     if method == "frozen":
@@ -368,7 +368,7 @@ class HAM:
     def join(self, group, task, adapter, alpha):
         """(3), (4) Put task i into a group, in place; an empty one becomes α_i prune(ΔW_i)."""
         c, n = self.config, len(group.members)
-        weights = shares(n, group.alpha, alpha, c.merge, c.gain)
+        weights = shares(n, group.alpha, alpha, c.merge, c.gain or 1.0)
         for name, ba in adapter.items():
             new = prune_update(ba, c.rho, c.prune)
             old = [group.delta_w[name]] if n else []

@@ -802,14 +802,14 @@ def test_every_run_of_the_tables_can_be_repeated():
     rows = {run for table in tables.TABLES.values() for run in table.values()}
     assert rows == {re.sub(r"-s\d+$", "", name) for name in run_all.RUNS}
     for name, flags in run_all.RUNS.items():
-        c = ham.parse(flags.split())
-        assert ham.result_folder(c) == Path("results") / name
+        c = ham.resolve(ham.parse(flags.split()))
+        parts = [c.dataset, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
+        assert name == "-".join(filter(None, parts))
         file = ROOT / "results" / name / "results.json"
         if file.is_file():
             stored = json.loads(file.read_text())["config"]
             paths = ("out", "data_dir", "weights", "device", "precision")
-            now = dataclasses.asdict(ham.resolve(c))
-            now = {k: v for k, v in now.items() if k not in paths}
+            now = {k: v for k, v in dataclasses.asdict(c).items() if k not in paths}
             assert {k: stored.get(k) for k in now} == now, name
 
 
