@@ -790,6 +790,18 @@ def test_claims_and_paired_differences_by_hand(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", tables.SETTINGS.values())
+def test_readme_says_that_ham_is_best_in_every_line(name):
+    rows = tables.measured(tables.TABLES[name])
+    if not {"ham", "sequential"} <= set(rows):
+        pytest.skip("not measured")
+    final = {m: np.mean([r["final_accuracy"] for r in tables.load(run)]) for m, run in rows.items()}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "HAM is above `sequential`, `average` and `frozen` in every line" in readme
+    final.pop("joint", None)
+    assert max(final, key=final.get) == "ham", name
+
+
 def test_figure_is_drawn_from_results(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     tables.draw(tmp_path / "a.png")

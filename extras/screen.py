@@ -38,7 +38,10 @@ def screen(config):
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(ham.Config)}
     default = dataclasses.asdict(ham.Config())
     paths = ("out", "data_dir", "weights", "name", "validate")
-    result = {"name": c.name} | {"oracle": learner.oracle(), "seconds": learner.seconds}
+    result = {"name": c.name, "tasks_learnt": c.tasks} | {
+        "oracle": learner.oracle(),
+        "seconds": learner.seconds,
+    }
     for name, matrix in learner.matrix.items():
         at = (c.tasks // 2 or 1, c.tasks)
         result[name] = [ham.accuracy_so_far(matrix[t - 1], learner.sizes) for t in at]

@@ -176,10 +176,33 @@ def efficiency(results=ROOT / "results"):
     return markdown(head, lines)
 
 
+def screening(results=ROOT / "results"):
+    """What was tried on held-out images (extras/screen.py), in the order it was tried."""
+    common = ("dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size")
+    lines = []
+    for line in (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines():
+        r = json.loads(line)
+        s = {"batch_size": 32} | r["settings"]
+        budget = f"{s['tasks']}, {s['images_per_class']}, {s.pop('batch_size')}"
+        what = [
+            f"{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in s.items()
+            if k not in (*common, "method")
+        ]
+        what = ", ".join([s["method"], *what, *filter(None, [r.get("code_change")])])
+        figures = [r["class-mean"][0], r["class-mean"][1], r["head"][1], r["oracle"]]
+        learnt = f"{r['tasks_learnt'] // 2}, {r['tasks_learnt']}"
+        sizes = " ".join(map(str, r["group_sizes"] or [])) or "–"
+        lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes])
+    head = ["T, images per class, batch", "settings", "after tasks", "half-way", "end"]
+    return markdown([*head, "end, by the head", "oracle means", "group sizes"], lines)
+
+
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    if name in ("claims", "efficiency"):
-        return {"claims": claims, "efficiency": efficiency}[name](results)
+    special = {"claims": claims, "efficiency": efficiency, "screening": screening}
+    if name in special:
+        return special[name](results)
     return table(measured(TABLES[name], results), results)
 
 
