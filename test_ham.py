@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import ham
-from extras import demo, run_all, tables
+from extras import demo, run_all, screen, tables
 
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
@@ -835,6 +835,17 @@ def test_committed_results_are_whole():
         assert r["final_accuracy"] == pytest.approx(
             ham.measures(r["accuracy_matrix"], r["test_images_per_task"])["final_accuracy"]
         )
+
+
+def test_screening_ends_where_the_run_ends(folder, tmp_path):
+    """extras/screen.py is ham.py on held-out images, less the evaluations between."""
+    c = config(folder, tmp_path, validate=True, tasks=4)
+    whole, short = ham.run(c), screen.screen(c)
+    assert short["class-mean"][1] == pytest.approx(whole["class_mean_accuracy"])
+    assert short["head"][1] == pytest.approx(whole["head_accuracy"])
+    assert short["oracle"] == pytest.approx(whole["class_mean_oracle"])
+    assert short["class-mean"][0] == pytest.approx(whole["tasks"][1]["accuracy"])
+    assert short["settings"]["tasks"] == 4 and "seed" not in short["settings"]
 
 
 def test_readme_snippets_run(folder, tmp_path, monkeypatch):

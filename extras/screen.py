@@ -3,7 +3,7 @@
     python -m extras.screen --dataset cifar100 --tasks 50 --images-per-class 20 --rho 1 --name rho1
 
 Takes ham.py's flags, never touches a test image, and appends one line to --out/screening.jsonl: the
-settings that differ from ham.py's defaults, accuracy half-way and at the end by class means and by
+settings given and all resolved ones, accuracy half-way and at the end by class means and by
 the head, the oracle. Choices of defaults come from here (results/README.md); tables do not.
 """
 
@@ -35,19 +35,15 @@ def screen(config):
     learner = Screen(vit, ham.HAM(layers, c), data)
     for task in range(c.tasks):
         learner.learn(task)
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(ham.Config)}
-    default = dataclasses.asdict(ham.Config())
-    paths = ("out", "data_dir", "weights", "name", "validate")
-    result = {"name": c.name, "tasks_learnt": c.tasks} | {
-        "oracle": learner.oracle(),
-        "seconds": learner.seconds,
-    }
+    at, last = (c.tasks // 2 or 1, c.tasks), learner.records[-1]
+    result = {"name": c.name, "tasks_learnt": c.tasks, "oracle": learner.oracle()}
     for name, matrix in learner.matrix.items():
-        at = (c.tasks // 2 or 1, c.tasks)
         result[name] = [ham.accuracy_so_far(matrix[t - 1], learner.sizes) for t in at]
-    last = learner.records[-1]
     result |= {k: last[k] for k in ("loss", "alpha", "alpha_groups", "group_sizes")}
+    given, default = dataclasses.asdict(config), dataclasses.asdict(ham.Config())
+    paths = ("out", "data_dir", "weights", "name", "validate")
     result["settings"] = {k: v for k, v in given.items() if v != default[k] and k not in paths}
+    result |= {"config": dataclasses.asdict(c), "seconds": learner.seconds}
     return result | {"commit": provenance.SOURCE["commit"]}
 
 
