@@ -265,7 +265,7 @@ def prune_update(update, rho, how):
 def shares(n, alpha_group, alpha, how, gain=1.0):
     """(4) Scale: what the new member and its group of n are multiplied with before they are added.
 
-    solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, the mean of what each task ended with
+    solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, at α_G = 1 the mean of what each task ended with
     mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), the mean of what each task added
     sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
     With a gain, the new member's 1 / (n + 1) is min(n + 1, gain) / (n + 1): inf is the sum.

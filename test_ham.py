@@ -799,6 +799,10 @@ def test_readme_says_that_ham_is_best_in_every_line(name):
     assert "HAM is above `sequential`, `average` and `frozen` in every line" in readme
     final.pop("joint", None)
     assert max(final, key=final.get) == "ham", name
+    assert "HAM forgets less than `sequential`" in readme
+    assert (
+        tables.paired(*(tables.load(rows[m]) for m in ("ham", "sequential")), "forgetting")[0] < 0
+    )
 
 
 def test_figure_is_drawn_from_results(tmp_path):

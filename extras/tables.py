@@ -198,12 +198,32 @@ def screening(results=ROOT / "results"):
     return markdown([*head, "end, by the head", "oracle means", "group sizes"], lines)
 
 
+def settings(results=ROOT / "results"):
+    """Every measured setting: its budget, its table, the rows that were not measured."""
+    text, nothing = [], []
+    for name, rows in TABLES.items():
+        there = measured(rows, results)
+        if len(there) < 2 or set(there) <= {"joint", "frozen"}:
+            nothing.append(name)
+            continue
+        run = load(next(iter(there.values())), results)[0]
+        c, versions = run["config"], run["versions"]
+        text.append(
+            f"**{name}**: {c['model']}, {c['img_size']} px, {c['images_per_class'] or 'all'} training "
+            f"images per class, {sum(run['test_images_per_task']):,} test images, {c['tasks']} tasks, "
+            f"{c['epochs']} epochs, {run['hardware']}, torch {versions['torch']}, timm {versions['timm']}."
+        )
+        text.append(table(there, results))
+        missing = [label for label in rows if label not in there]
+        text += [f"Not measured: {', '.join(missing)}."] if missing else []
+    nothing += ["ImageNet-R", "Tiny-ImageNet", "ViT-B/16", "a GPU"]
+    return "\n\n".join([*text, f"**Not measured at all**: {', '.join(nothing)}."])
+
+
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    special = {"claims": claims, "efficiency": efficiency, "screening": screening}
-    if name in special:
-        return special[name](results)
-    return table(measured(TABLES[name], results), results)
+    makers = {"claims": claims, "settings": settings, "efficiency": efficiency}
+    return (makers | {"screening": screening})[name](results)
 
 
 def fill(text, results=ROOT / "results"):
