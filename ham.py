@@ -53,7 +53,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.func import functional_call
@@ -81,12 +80,20 @@ class Config:
     """Every setting. None: filled in by `resolve`, which also sets what does not apply to None."""
 
     # data
-    dataset: str = option("demo", "demo, cifar100, cub200 or a FOLDER with {train,test}/CLASS/*")
+    dataset: str = option(
+        "demo",
+        "demo, cifar100, imagenet_r, cub200, tiny_imagenet, or a FOLDER with {train,test}/CLASS/*",
+    )
     tasks: int = option(None, "T, number of tasks; default 20, demo and cub200 10", low=1)
     images_per_class: int = option(None, "first n training images of a class; default all", low=1)
     test_images_per_class: int = option(None, "first n test images; default all", low=1)
     validate: bool = option(False, "test on the last 10 percent of each class's training images")
     class_order: str = option("random", "random: by seed; natural; or a FILE, a class per line")
+    split_file: str = option(
+        None,
+        "test images of imagenet_r or a FOLDER with CLASS/*, a path per line; default for "
+        "imagenet_r extras/imagenet_r_test.txt, the public 24,000 and 6,000",
+    )
     data_dir: str = option("data", "where data sets and decoded images lie")
     # model
     model: str = option(None, "timm ViT with its tag; default vit_base_patch16_224.augreg_in21k")
@@ -179,8 +186,11 @@ def check_ranges(c):
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be {meta['limits']}")
     if c["layers"] and not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
         raise InputError(f"--layers {c['layers']}: any of qkv,proj,fc1,fc2, with commas between")
-    if c["weights"] and not Path(c["weights"]).is_file():
-        raise InputError(f"--weights {c['weights']}: no such file")
+    for key in ("weights", "split_file"):
+        if c[key] and not Path(c[key]).is_file():
+            raise InputError(f"--{key.replace('_', '-')} {c[key]}: no such file")
+    if c["split_file"] and c["dataset"] in {"demo", *datasets.SOURCES} - {"imagenet_r"}:
+        raise InputError("--split-file is for imagenet_r and folders: the others have their own")
     if c["name"] and "/" in c["name"]:
         raise InputError(f"--name {c['name']}: part of a folder's name, without /")
 
@@ -425,25 +435,27 @@ class Data:
 
     def batch(self, rows, device, flip=None):
         """rows (n,), flip (n,) bool -> (n, 3, size, size) float, what the model takes."""
-        x = prepare(self.pixels[rows.to(self.pixels.device)].to(device), **self.transform)
-        if flip is not None:
-            x = torch.where(flip.to(device)[:, None, None, None], x.flip(3), x)
-        return x
+        pixels = self.pixels.index_select(0, rows.to(self.pixels.device)).to(device)
+        return prepare(pixels, **self.transform, flip=None if flip is None else flip.to(device))
 
 
-def prepare(pixels, size, crop_pct, interpolation, mean, std):
+def prepare(pixels, size, crop_pct, interpolation, mean, std, flip=None):
     """As timm's test transform: resize to floor(size / crop_pct), crop the centre, normalise.
 
-    pixels (n, 3, H, H) uint8 -> (n, 3, size, size) float. antialias=True also where it enlarges: it
-    selects PIL's cubic kernel (a = -0.5); interpolate's own is another (a = -0.75).
+    pixels (n, 3, H, H) uint8, flip (n,) bool -> (n, 3, size, size) float. antialias=True also where
+    it enlarges: it selects PIL's cubic kernel (a = -0.5); interpolate's own is another (a = -0.75).
     """
-    x, side = pixels.float(), math.floor(size / crop_pct)
+    x, side = pixels, math.floor(size / crop_pct)
     if x.shape[-1] != side:
+        x = x.float()
         for to in ((x.shape[-1], side), (side, side)):  # width, then height, 8 bit between, as PIL
             x = F.interpolate(x, to, mode=interpolation, antialias=True).round_().clamp_(0, 255)
     edge = round((side - size) / 2)
-    x = x[..., edge : edge + size, edge : edge + size] / 255
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    x = x[..., edge : edge + size, edge : edge + size]
+    if flip is not None:  # while it is 8 bit, if it is
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+    return x.float().div_(255).sub_(mean).div_(std)
 
 
 def class_order(names, how, seed):
@@ -493,16 +505,14 @@ def pick_rows(train_labels, test_labels, order, c):
 def load_data(c):
     """Read, order, split and cap the data set of a resolved configuration. -> Data"""
     cfg = model_cfg(c.model)[1]
-    read = {"demo": demo.read, "cifar100": read_cifar100, "cub200": datasets.read_cub200}
+    read = demo.read if c.dataset == "demo" else datasets.read
     try:
-        pixels, *labels, names = read.get(c.dataset, datasets.read_folder)(c, cfg)
-    except (OSError, RuntimeError) as error:
-        archive = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-        cure = f" (put {archive} there by hand)" if c.dataset == "cifar100" else ""
-        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}{cure}") from None
+        pixels, *labels, names = read(c, cfg)
+    except OSError as error:
+        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}") from None
     order = class_order(names, c.class_order, c.seed)
     train, test = pick_rows(*map(np.asarray, labels), order, c)
-    small = c.dataset in ("demo", "cifar100")  # image files are cropped when they are decoded
+    small = c.dataset in ("demo", "cifar100", "tiny_imagenet")  # others are cropped when decoded
     transform = {"size": c.img_size, "crop_pct": c.crop_pct if small else 1.0}
     transform |= {k: cfg[k] for k in ("interpolation", "mean", "std")}
     if c.norm == "unit":
@@ -511,13 +521,6 @@ def load_data(c):
         pixels = pixels.to(c.device)
     names = [names[label] for label in order]
     return Data(pixels, train, test, names, order, split_tasks(len(names), c.tasks), transform)
-
-
-def read_cifar100(c, cfg):
-    """torchvision's CIFAR-100, downloaded where it is not in --data-dir. 32 px, not resized yet."""
-    parts = [torchvision.datasets.CIFAR100(c.data_dir, t, download=True) for t in (True, False)]
-    pixels = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2)
-    return pixels.contiguous(), parts[0].targets, parts[1].targets, parts[0].classes
 
 
 # ---------------------------------------------------------------------------------------- Measures
@@ -865,13 +868,12 @@ def result_folder(c):
     parts = [Path(c.dataset).name, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
     folder = Path(c.out) / "-".join(filter(None, parts))
     if (folder / "results.json").is_file():
-        old, paths = (
-            json.loads((folder / "results.json").read_text()),
-            ("out", "data_dir", "weights"),
-        )
+        old = json.loads((folder / "results.json").read_text())
+        files = {"weights": c.weights, "split": datasets.split_file(c)}  # compared by content
+        paths = ("out", "data_dir", "weights", "split_file")
         new = {k: v for k, v in dataclasses.asdict(c).items() if k not in paths}
         other = [k for k in new if old["config"].get(k) != new[k]]
-        other += ["weights"] if old["weights_sha256"] != provenance.sha256(c.weights) else []
+        other += [k for k in files if old.get(f"{k}_sha256") != provenance.sha256(files[k])]
         if other:
             cure = "give this one a --name or another --out"
             raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
@@ -934,6 +936,8 @@ def say_start(learner):
     say(f"input   {c.img_size} px, crop {c.crop_pct}, mean {mean}, std {std}")
     say(f"data    {c.dataset}: {len(data.names)} classes in {c.tasks} tasks, order {order} ...")
     say(f"        {sum(learner.train_sizes)} training images, {sum(learner.sizes)} {what} images")
+    if split := datasets.split_file(c):
+        say(f"        test images listed in {split.name}, sha256 {provenance.sha256(split)}")
     if ham.w0:
         number = f"{learner.trained:,} parameters trained per task"
         say(f"LoRA    rank {c.rank} on {len(ham.w0)} layers ({c.layers}), lr {c.lr:g}, {number}")

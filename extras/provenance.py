@@ -11,6 +11,8 @@ import timm
 import torch
 import torchvision
 
+from extras import datasets
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -54,4 +56,5 @@ def environment(c):
         "hardware": f"{name}, {torch.get_num_threads()} threads",
         "peak_memory_bytes": peak_memory(c.device),
         "weights_sha256": sha256(c.weights),
+        "split_sha256": sha256(datasets.split_file(c)),
     }
