@@ -58,7 +58,7 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 from tqdm import tqdm
 
-from extras import datasets, demo, provenance
+from extras import datasets, demo, provenance, report
 
 # ------------------------------------------------------------------------------------------ Config
 
@@ -150,8 +150,8 @@ GROUPING = ("tau", "g_max", "grouping", "rho", "prune", "merge", "gain", "lr_alp
 
 def resolve(config: Config) -> Config:
     """Fill in every None that has a value, check ranges, set what does not apply to None."""
+    check_ranges(config)
     c = dataclasses.asdict(config)
-    check_ranges(c)
     method = c["method"] = c["method"] or "ham"
     drawn = c["dataset"] == "demo"
     c["tasks"] = c["tasks"] or (10 if c["dataset"] in ("demo", "cub200") else 20)
@@ -172,12 +172,13 @@ def resolve(config: Config) -> Config:
     if method == "frozen":
         c |= dict.fromkeys(TRAINING) | {"read_out": "class-mean"}
     c["device"], c["precision"] = pick_device(c["device"], c["precision"])
-    return Config(**c)
+    return type(config)(**c)
 
 
-def check_ranges(c):
-    """Raise InputError for the first setting that is out of its range. c: dict of all fields."""
-    for f in dataclasses.fields(Config):
+def check_ranges(config):
+    """Raise InputError for the first setting that is out of its range."""
+    c = dataclasses.asdict(config)
+    for f in dataclasses.fields(config):
         value, meta = c[f.name], f.metadata
         wrong = meta["choices"] and value not in meta["choices"]
         if isinstance(value, int | float):
@@ -329,6 +330,17 @@ class Trainable:
             weights[name] = effective_weight(w, *stacked, *self.adapter[name], self.alpha)
         return weights
 
+    def parameters(self, c):
+        """What the optimiser moves, at which rates: torch's parameter groups."""
+        factors = [x for ba in self.adapter.values() for x in ba]
+        scalars = {"params": [self.alpha, self.alpha_groups], "lr": c.lr_alpha}
+        groups = [{"params": factors, "lr": c.lr}, {"params": [self.head], "lr": c.lr_head}]
+        return groups + [scalars] * c.train_alpha
+
+    def penalty(self, loss):
+        """What is added to the cross-entropy: nothing in HAM."""
+        return 0.0
+
 
 class HAM:
     """What is carried from task to task: at most G_max groups. W0 is referred to, never changed."""
@@ -336,6 +348,7 @@ class HAM:
     def __init__(self, w0, config):
         self.w0, self.config, self.groups = w0, config, []
         self.draw = np.random.RandomState(config.seed)  # for --grouping random
+        self.one_adapter = config.method in ("sequential", "joint")  # trained on and on
 
     def start(self):
         """Leaf tensors for task i. α_i starts at 1, each α_G where the task before left it.
@@ -343,7 +356,7 @@ class HAM:
         ham: a new adapter on all groups; average: on the bare model; sequential: the old adapter.
         """
         c, under = self.config, self.groups if self.config.method == "ham" else []
-        again = c.method in ("sequential", "joint") and self.groups
+        again = self.one_adapter and self.groups
         adapter = self.groups[0].delta_w if again else new_adapter(self.w0, c.rank, c.seed)
         stacked = {  # w[None][:0]: an empty stack, for no groups
             name: torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in under)])
@@ -360,7 +373,7 @@ class HAM:
         """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers"""
         c, record = self.config, {"alpha": p.alpha.item(), "alpha_groups": p.alpha_groups.tolist()}
         adapter = {name: tuple(x.detach() for x in ba) for name, ba in p.adapter.items()}
-        if c.method in ("sequential", "joint"):
+        if self.one_adapter:
             self.groups = [Group(adapter)]
             return record | {"group": None, "similarities": None, "group_sizes": None}
         for group, value in zip(self.groups, record["alpha_groups"]):
@@ -385,6 +398,11 @@ class HAM:
             group.delta_w[name] = merge([new, *old], weights[: n + 1])
         group.members.append(task)
         group.alpha = 1.0  # the old α_G is in ΔW_G now (our choice)
+
+    def kept(self):
+        """The tensors that are stored for the next task and for inference."""
+        updates = [update for group in self.groups for update in group.delta_w.values()]
+        return [x for u in updates for x in (u if isinstance(u, tuple) else (u,))]
 
     def folded(self):
         """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict name: new (d, k)"""
@@ -574,11 +592,7 @@ def train_task(vit, ham, data, task):
     # Means of the features as they are: rows of unit length would turn too far at this rate.
     means = [features[labels == k].mean(0) for k in range(len(classes))]
     p.head = torch.stack(means).clone().requires_grad_()
-    parameters = [{"params": [x for ba in p.adapter.values() for x in ba], "lr": c.lr}]
-    parameters += [{"params": [p.head], "lr": c.lr_head}]
-    if c.train_alpha:
-        parameters += [{"params": [p.alpha, p.alpha_groups], "lr": c.lr_alpha}]
-    optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(p.parameters(c), weight_decay=0.0)
     steps = c.epochs * math.ceil(len(rows) / c.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     random, log = torch.Generator().manual_seed(1000 * c.seed + task), []
@@ -603,7 +617,7 @@ def train_step(vit, p, w0, x, y, optimiser, c):
         features = functional_call(vit, weights, x)
     loss = F.cross_entropy(SCALE * cosine_logits(features.float(), p.head), y)
     optimiser.zero_grad()
-    loss.backward()
+    (loss + p.penalty(loss)).backward()
     optimiser.step()
     return loss
 
@@ -836,8 +850,6 @@ class Learner:
         if self.ham.w0:
             second["training"] = sum(self.train_sizes) * c.epochs / self.seconds["train"]
             second["inference"] = sum(self.seen) / self.seconds["evaluate"]
-        kept = [update for group in self.ham.groups for update in group.delta_w.values()]
-        kept = [x for u in kept for x in (u if isinstance(u, tuple) else (u,))]
         return {
             **measures(self.matrix[c.read_out], self.sizes),
             "task_known_accuracy": self.known[c.read_out],
@@ -850,17 +862,10 @@ class Learner:
             "classes": self.data.names,
             "class_order": self.data.order,
             "parameters_trained": self.trained,  # per task, LoRA and head
-            "parameters_stored": sum(x.numel() for x in [*kept, self.rows[c.read_out]]),
+            "parameters_stored": sum(x.numel() for x in [*self.ham.kept(), self.rows[c.read_out]]),
             "seconds": self.seconds,
             "images_per_second": second,
         }
-
-    def seconds_left(self):
-        """Estimate: a training step takes three forward passes, a test image one."""
-        done, passes = len(self.records), 3 * (self.c.epochs or 0) + 2
-        work = [passes * n + seen for n, seen in zip(self.train_sizes, self.seen)]
-        oracle = sum(self.train_sizes) + self.seen[-1]
-        return sum(self.seconds.values()) * (sum(work[done:]) + oracle) / sum(work[:done])
 
 
 def result_folder(c):
@@ -880,27 +885,23 @@ def result_folder(c):
     return folder
 
 
-def run(config):
+def run(config, method=HAM, loop=Learner):
     """One method over the sequence of tasks; writes results.json and model.safetensors.
 
     -> dict, what results.json holds. Raises InputError for a setting or file the user can mend.
+    method, loop: subclasses of HAM and Learner for methods that are not here (extras/baselines.py).
     """
     c = resolve(config)
     folder, data, vit = result_folder(c), load_data(c), build_vit(c)
-    ham = HAM({} if c.method == "frozen" else lora_layers(vit, c.layers), c)
-    learner = Learner(vit, ham, data)
-    say_start(learner)
+    ham = method({} if c.method == "frozen" else lora_layers(vit, c.layers), c)
+    learner = loop(vit, ham, data)
+    report.start(learner)
     for task in range(c.tasks):
         learner.learn(task)
-        say_task(learner)
+        report.task(learner)
     results = {"config": dataclasses.asdict(c)} | learner.results() | provenance.environment(c)
     save(folder, results, learner)
-    for key in ("final_accuracy", "average_incremental_accuracy", "forgetting"):
-        say(f"{key.replace('_', ' '):30}{results[key]:6.1f} %")
-    if ham.w0:
-        speed = "training {training:.0f}, inference {inference:.0f}"
-        say(f"images per second             {speed.format(**results['images_per_second'])}")
-    say(f"written: {folder}/results.json and model.safetensors\n")
+    report.end(results, folder)
     return results
 
 
@@ -921,44 +922,6 @@ def save(folder, results, learner):
 
 # ------------------------------------------------------------------------------------ Command line
 
-say = functools.partial(print, flush=True)
-
-
-def say_start(learner):
-    """The block a run begins with: all that its figures depend on."""
-    c, data, ham = learner.c, learner.data, learner.ham
-    mean, std = data.transform["mean"], data.transform["std"]
-    hub = "the timm hub" if c.dataset != "demo" else "pre-training on other drawn classes"
-    what = "held-out training" if c.validate else "test"
-    order, threads = " ".join(map(str, data.order[:6])), torch.get_num_threads()
-    say(f"method  {c.method}, seed {c.seed}, {c.device}, {c.precision}, {threads} threads")
-    say(f"model   {c.model}, weights from {c.weights or hub}")
-    say(f"input   {c.img_size} px, crop {c.crop_pct}, mean {mean}, std {std}")
-    say(f"data    {c.dataset}: {len(data.names)} classes in {c.tasks} tasks, order {order} ...")
-    say(f"        {sum(learner.train_sizes)} training images, {sum(learner.sizes)} {what} images")
-    if split := datasets.split_file(c):
-        say(f"        test images listed in {split.name}, sha256 {provenance.sha256(split)}")
-    if ham.w0:
-        number = f"{learner.trained:,} parameters trained per task"
-        say(f"LoRA    rank {c.rank} on {len(ham.w0)} layers ({c.layers}), lr {c.lr:g}, {number}")
-    if c.method == "ham":
-        say(f"groups  {c.merge}, {c.grouping}, τ {c.tau}, G_max {c.g_max}, ρ {c.rho} of {c.prune}")
-
-
-def say_task(learner):
-    """One line per task, with what is left of the run."""
-    r, done, c, left = learner.records[-1], len(learner.records), learner.c, learner.seconds_left()
-    text = f"task {done:3}/{c.tasks}  accuracy {r['accuracy']:5.1f}  "
-    text += f"forgetting {r['forgetting']:4.1f}"
-    if c.method == "ham":
-        s, j = r["similarities"], r["group"]
-        group = f"joins group {j}, s {s[j]:+.3f}" if j < len(s) else f"opens group {j}"
-        text += f"  α {r['alpha']:.2f}  {group:23}"
-    text += f"  {sum(r['seconds'].values()):6.1f} s"
-    say(text + (f", {left / 60:.1f} min left" if done < c.tasks else ""))
-    if done == 1 and left > 3600:
-        say("        shorter: --images-per-class, --test-images-per-class, --epochs, --img-size")
-
 
 def fail(message):
     """A mistake the user can mend: one line, exit status 2."""
@@ -966,20 +929,19 @@ def fail(message):
     sys.exit(2)
 
 
-def parse(argv=None):
+def parse(argv=None, kind=Config, text=__doc__):
     """Command line -> Config: one flag per field, the manual made of the fields' own texts."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=text, formatter_class=raw, allow_abbrev=False)
     parser.error = fail  # argparse's own would print the whole usage first
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(kind):
         notes = [f"default {f.default}"] if f.default is not None else []
         notes += [f.metadata["limits"]] if f.metadata["limits"] else []
-        kind = {"bool": bool, "int": int, "float": float}.get(f.type, str)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        how |= {"metavar": f.type.upper()} if kind is not bool else {}
+        typed = {"type": {"int": int, "float": float}.get(f.type, str), "metavar": f.type.upper()}
+        how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else typed
         text = f"{f.metadata['text']} [{'; '.join(notes)}]".removesuffix(" []")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
-    return Config(**vars(parser.parse_args(argv)))
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):

@@ -222,7 +222,9 @@ def receive(source, part):
             raise OSError(f"the server has {total:,} bytes ({kind}) instead of {source.bytes:,}")
         with (
             part.open("ab" if have else "wb") as file,
-            tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar,
+            tqdm(
+                desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None
+            ) as bar,
         ):
             while block := answer.read(2**20):
                 bar.update(file.write(block))
