@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10.12"
+# requires-python = ">=3.10.12,!=3.11.0,!=3.11.1,!=3.11.2,!=3.11.3"
 # dependencies = [
 #   "torch>=2.6",
 #   "torchvision>=0.21",
@@ -167,7 +167,7 @@ def resolve(config: Config) -> Config:
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
         c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
-    elif method != "ham":
+    elif method in ("sequential", "joint", "frozen"):
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
     if method == "frozen":
         c |= dict.fromkeys(TRAINING) | {"read_out": "class-mean"}
@@ -187,10 +187,15 @@ def check_ranges(config):
             raise InputError(f"--{f.name.replace('_', '-')} {value}: must be {meta['limits']}")
     if c["layers"] and not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
         raise InputError(f"--layers {c['layers']}: any of qkv,proj,fc1,fc2, with commas between")
-    for key in ("weights", "split_file"):
-        if c[key] and not Path(c[key]).is_file():
+    for key in ("weights", "split_file", "class_order"):
+        known = c[key] in (None, "random", "natural")
+        if not known and not Path(c[key]).is_file():
             raise InputError(f"--{key.replace('_', '-')} {c[key]}: no such file")
-    if c["split_file"] and c["dataset"] in {"demo", *datasets.SOURCES} - {"imagenet_r"}:
+    known = {"demo", *datasets.SOURCES}
+    if c["dataset"] not in known and not Path(c["dataset"]).is_dir():
+        what = f"one of {', '.join(sorted(known))} or a folder with {{train,test}}/CLASS/*"
+        raise InputError(f"--dataset {c['dataset']}: must be {what}")
+    if c["split_file"] and c["dataset"] in known - {"imagenet_r"}:
         raise InputError("--split-file is for imagenet_r and folders: the others have their own")
     if c["name"] and "/" in c["name"]:
         raise InputError(f"--name {c['name']}: part of a folder's name, without /")
@@ -355,8 +360,8 @@ class HAM:
 
         ham: a new adapter on all groups; average: on the bare model; sequential: the old adapter.
         """
-        c, under = self.config, self.groups if self.config.method == "ham" else []
-        again = self.one_adapter and self.groups
+        c, again = self.config, self.one_adapter and self.groups
+        under = [] if self.one_adapter or c.method == "average" else self.groups
         adapter = self.groups[0].delta_w if again else new_adapter(self.w0, c.rank, c.seed)
         stacked = {  # w[None][:0]: an empty stack, for no groups
             name: torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in under)])
@@ -485,8 +490,6 @@ def class_order(names, how, seed):
     random, n = np.random.RandomState(seed), len(names)
     if how in ("random", "natural"):
         return random.permutation(n).tolist() if how == "random" else list(range(n))
-    if not Path(how).is_file():
-        raise InputError(f"--class-order {how}: random, natural, or a file with a class per line")
     blocks = [block.split("\n") for block in Path(how).read_text("utf-8").strip().split("\n\n")]
     listed = [name for i in random.permutation(len(blocks)) for name in blocks[i]]
     if sorted(listed) != sorted(names):
@@ -892,7 +895,7 @@ def run(config, method=HAM, loop=Learner):
     method, loop: subclasses of HAM and Learner for methods that are not here (extras/baselines.py).
     """
     c = resolve(config)
-    folder, data, vit = result_folder(c), load_data(c), build_vit(c)
+    folder, vit, data = result_folder(c), build_vit(c), load_data(c)
     ham = method({} if c.method == "frozen" else lora_layers(vit, c.layers), c)
     learner = loop(vit, ham, data)
     report.start(learner)

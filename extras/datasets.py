@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
+VERSION = 1  # of what is decoded and how; another one makes new caches
 IMAGENET_R_TEST = Path(__file__).with_name("imagenet_r_test.txt")  # CODA-Prompt's, mammoth's
 
 
@@ -73,8 +75,8 @@ def read_tiny_imagenet(root, c):
 
 def read_listed(root, c):
     """CLASS/*, and a list of the test images; the others are training images."""
-    file = split_file(c)
-    listed, every = set(file.read_text("utf-8").split("\n")) - {""}, ImageFolder(root)
+    file, every = split_file(c), ImageFolder(root)
+    listed = set(file.read_text("utf-8-sig").split("\n")) - {""}
     relative = [Path(path).relative_to(root).as_posix() for path, _ in every.samples]
     if missing := sorted(listed - set(relative)):
         raise OSError(f"{len(missing):,} files of {file.name} are not there: {some(missing)}")
@@ -97,13 +99,16 @@ def read_folder(root, c):
         return read_listed(root, c)
     parts = [root / part for part in ("train", "test")]
     if not all(part.is_dir() for part in parts):
-        known = ", ".join(SOURCES)
-        raise OSError(f"give demo, {known} or a folder with train/CLASS/* and test/CLASS/*")
+        raise OSError("has no folders train/CLASS and test/CLASS")
     train, test = map(ImageFolder, parts)
     if other := sorted(set(train.classes) ^ set(test.classes)):
         raise OSError(f"{len(other)} classes in train or test only: {some(other)}")
     paths = [path for path, _ in train.samples + test.samples]
     return paths, train.targets, test.targets, train.classes
+
+
+def say(text):
+    print(text, flush=True)
 
 
 def some(names):
@@ -120,7 +125,7 @@ class Source(NamedTuple):
     bytes: int
     md5: str
     folder: str  # in the archive, and below --data-dir
-    images: int  # training and test images
+    images: tuple  # training, test
     read: Callable
 
 
@@ -130,7 +135,7 @@ SOURCES = {
         bytes=169_001_437,
         md5="eb9058c3a382ffc7106e4002c42a8d85",
         folder="cifar-100-python",
-        images=60_000,
+        images=(50_000, 10_000),
         read=read_cifar100,
     ),
     "imagenet_r": Source(
@@ -138,7 +143,7 @@ SOURCES = {
         bytes=2_191_079_936,
         md5="a61312130a589d0ca1a8fca1f2bd3337",
         folder="imagenet-r",
-        images=30_000,
+        images=(24_000, 6_000),
         read=read_listed,
     ),
     "cub200": Source(
@@ -146,7 +151,7 @@ SOURCES = {
         bytes=1_150_585_339,
         md5="97eceeb196236b17998738112f37df78",
         folder="CUB_200_2011",
-        images=11_788,
+        images=(5_994, 5_794),
         read=read_cub200,
     ),
     "tiny_imagenet": Source(
@@ -154,30 +159,28 @@ SOURCES = {
         bytes=248_100_043,
         md5="90528d7ca1a48142e341f4ef8d21d0de",
         folder="tiny-imagenet-200",
-        images=110_000,
+        images=(100_000, 10_000),
         read=read_tiny_imagenet,
     ),
 }
 
 
-def fetch(source, data_dir):
-    """The data set's folder, unpacked from its archive, which is downloaded where it is not there."""
-    root, archive = data_dir / source.folder, data_dir / source.url.split("/")[-1]
+def fetch(source, archive, root):
+    """Make the data set's folder from its archive, which is downloaded where it is not there."""
     if root.is_dir():
-        return root
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / f".{source.folder}.lock"):  # two runs may start at the same time
+        return
+    if os.path.lexists(root):
+        raise OSError(f"{root} is not a folder")
+    if not hasattr(tarfile, "data_filter"):
+        raise OSError("safe unpacking needs Python 3.10.12, 3.11.4, 3.12 or later")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):  # two runs may start at the same time
         if not root.is_dir():
             if not archive.is_file():
                 download(source, archive)
             elif wrong := differs(source, archive):
-                raise OSError(f"{archive} {wrong}; move it away, the right one is {facts(source)}")
+                raise OSError(f"{archive} {wrong}")
             unpack(archive, root)
-    return root
-
-
-def facts(source):
-    return f"{source.url} ({source.bytes:,} bytes, md5 {source.md5})"
 
 
 def differs(source, file):
@@ -194,17 +197,19 @@ def differs(source, file):
 def download(source, archive):
     """To a .part file, which a second attempt goes on with; whole and verified, it gets its name."""
     part = archive.with_name(archive.name + ".part")
-    cure = f"; or put it into {archive.parent} by hand: {facts(source)}"
+    say(f"downloading {source.url}, {source.bytes:,} bytes, to {part}")
     try:
         receive(source, part)
     except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"download: {error or type(error).__name__}; run again{cure}") from None
+        if getattr(error, "code", None) == 416:  # the part is longer than what is there
+            part.unlink()
+        raise OSError(f"download: {str(error) or type(error).__name__}; run again") from None
     if part.stat().st_size < source.bytes:
         got = f"{part.stat().st_size:,} of {source.bytes:,} bytes"
-        raise OSError(f"download: broken off after {got}; run again to go on{cure}")
+        raise OSError(f"download: broken off after {got}; run again to go on")
     if wrong := differs(source, part):
         part.unlink()
-        raise OSError(f"download: what came {wrong}; run again{cure}")
+        raise OSError(f"download: what came {wrong}; run again")
     part.rename(archive)
 
 
@@ -216,40 +221,38 @@ def receive(source, part):
     request = Request(source.url, headers={"User-Agent": "ham", "Range": f"bytes={have}-"})
     with urlopen(request, timeout=60) as answer:
         have = have if answer.status == 206 else 0
-        total = have + int(answer.headers["Content-Length"] or 0)
+        total = have + int(answer.headers["Content-Length"] or source.bytes - have)
         if total != source.bytes:
             kind = answer.headers.get_content_type()
             raise OSError(f"the server has {total:,} bytes ({kind}) instead of {source.bytes:,}")
+        bar = {"total": total, "initial": have, "desc": part.stem, "disable": None}
         with (
             part.open("ab" if have else "wb") as file,
-            tqdm(
-                desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None
-            ) as bar,
+            tqdm.wrapattr(answer, "read", **bar) as body,
         ):
-            while block := answer.read(2**20):
-                bar.update(file.write(block))
+            shutil.copyfileobj(body, file, 2**20)
 
 
 def unpack(archive, root):
     """To a temporary folder, renamed when whole; no member can leave it."""
-    part = root.with_name(root.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    say(f"unpacking {archive}")
+    folder = root.with_name(root.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                for name in tqdm(file.namelist(), f"unpacking {archive.name}", disable=None):
-                    if not (part / name).resolve().is_relative_to(part.resolve()):
+                for name in file.namelist():
+                    if not (folder / name).resolve().is_relative_to(folder.resolve()):
                         raise OSError(f"member {name} would leave the folder")
-                    file.extract(name, part)
+                file.extractall(folder, tqdm(file.namelist(), archive.name, disable=None))
         else:
             with tarfile.open(archive) as file:
-                members = tqdm(file, f"unpacking {archive.name}", disable=None)
-                file.extractall(part, members, filter="data")
-        (part / root.name).rename(root)
+                file.extractall(folder, tqdm(file, archive.name, disable=None), filter="data")
+        (folder / root.name).rename(root)
     except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         raise OSError(f"{archive} cannot be unpacked: {error}") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------- Read, decode
@@ -261,25 +264,31 @@ def read(c, cfg):
     c: resolved Config; cfg: timm's of the model. S is 32 for CIFAR, 64 for Tiny-ImageNet, which
     ham.py resizes batch by batch; image files are decoded once, to the size that the model takes.
     """
-    source, root = SOURCES.get(c.dataset), Path(c.dataset)
+    source, root, data_dir = SOURCES.get(c.dataset), Path(c.dataset), Path(c.data_dir)
+    side, crop_pct = (64, 1.0) if c.dataset == "tiny_imagenet" else (c.img_size, c.crop_pct)
+    how = {"input_size": (3, side, side), "crop_pct": crop_pct}
+    how |= {"interpolation": cfg["interpolation"]}
+    cure = ""
     if source:
-        root = fetch(source, Path(c.data_dir))
+        root, archive = data_dir / source.folder, data_dir / source.url.split("/")[-1]
+        cure = f"; {root} comes from {source.url} ({source.bytes:,} bytes, md5 {source.md5}): move "
+        cure += f"away what is wrong, or put {archive.name} into {data_dir} by hand"
+    if c.split_file:
+        cure = f"; check --split-file {c.split_file}"
     try:
+        if source:
+            fetch(source, archive, root)
         images, *labels = source.read(root, c) if source else read_folder(root, c)
-        if source and len(images) != source.images:
-            raise OSError(f"{len(images):,} images instead of {source.images:,}")
-        if torch.is_tensor(images):
-            return images, *labels
-        if missing := [str(path) for path in images if not os.path.isfile(path)]:
-            raise OSError(f"{len(missing):,} images are not there: {some(missing)}")
+        found = [len(labels[0]), len(labels[1])]
+        wanted = [*source.images] if source else found
+        if sum(found) != sum(wanted) or (found != wanted and not c.split_file):
+            raise OSError(f"{found} training and test images instead of {wanted}")
+        if not torch.is_tensor(images):
+            images = decode(images, root, how, data_dir / "cache")
     except (OSError, ValueError, KeyError) as error:
         text = f"no class {error}" if isinstance(error, KeyError) else error
-        cure = f"; move it away, and the next run unpacks {facts(source)}" if source else ""
-        raise OSError(f"{root}: {text}{cure}") from None
-    tiny = c.dataset == "tiny_imagenet"
-    how = {"input_size": (3, *[64 if tiny else c.img_size] * 2), "crop_pct": c.crop_pct}
-    how |= {"interpolation": cfg["interpolation"]} | ({"crop_pct": 1.0} if tiny else {})
-    return decode(images, root, how, Path(c.data_dir) / "cache"), *labels
+        raise OSError(f"{text}{cure}") from None
+    return images, *labels
 
 
 def decode(paths, root, how, folder):
@@ -288,36 +297,47 @@ def decode(paths, root, how, folder):
     how: the transform's arguments. Written once to folder and memory-mapped, so that it may exceed
     memory; the name is a hash of all that went into it.
     """
-    source = [[str(path)[len(str(root)) :], os.path.getsize(path)] for path in paths]
-    key = hashlib.sha256(json.dumps([how, source]).encode()).hexdigest()[:12]
+    try:
+        files = [(str(path)[len(str(root)) :], os.stat(path)) for path in paths]
+    except FileNotFoundError:
+        missing = [str(path) for path in paths if not os.path.exists(path)]
+        raise OSError(f"{len(missing):,} images are not there: {some(missing)}") from None
+    files = [VERSION, how, [(path, s.st_size, s.st_mtime_ns) for path, s in files]]
+    key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
     cache = folder / f"{root.name}-{how['input_size'][-1]}px-{key}.npy"
     if not cache.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{cache.name}.lock"):
             if not cache.is_file():
                 write_cache(paths, how, cache)
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))
+    try:
+        pixels = np.load(cache, mmap_mode="r")  # a writable map would count as memory
+    except (ValueError, EOFError) as error:
+        raise OSError(f"{cache} is broken ({error}): delete it") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it must not be written to
+        return torch.from_numpy(pixels)
 
 
 def write_cache(paths, how, cache):
     """Decode on all processors; the file gets its name when it is whole."""
+    say(f"decoding {len(paths):,} images to {cache}")
     resize, crop = timm.data.create_transform(**how).transforms[:2]
-    part = cache.with_suffix(".part")
-    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), *how["input_size"]))
 
-    def decode_one(i):
+    def pixels(path):
         try:
-            image = ImageOps.exif_transpose(Image.open(paths[i])).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
-            raise OSError(f"{paths[i]} is not a readable image ({error})") from None
-        pixels[i] = np.asarray(crop(resize(image))).transpose(2, 0, 1)
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except Exception as error:  # noqa: BLE001, PIL has many for broken files
+            raise OSError(f"{path} is not a readable image ({error})") from None
+        return np.asarray(crop(resize(image))).transpose(2, 0, 1).tobytes()
 
+    part, header = cache.with_suffix(".part"), np.lib.format.write_array_header_1_0
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *how["input_size"])}
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = pool.map(decode_one, range(len(paths)))
-            for _ in tqdm(work, f"decoding {cache.name}", len(paths), disable=None):
-                pass
-        pixels.flush()
+        with part.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            header(file, shape)
+            for i in tqdm(range(0, len(paths), 1000), "thousands of images", disable=None):
+                file.writelines(pool.map(pixels, paths[i : i + 1000]))
         part.rename(cache)
     finally:
         part.unlink(missing_ok=True)

@@ -4,12 +4,16 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pickle
+import shutil
+import sys
 import tarfile
 import threading
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from torchvision.datasets import CIFAR100
 import ham
 from extras import datasets
 
+CURE = r"comes from http://127\..* bytes, md5 [0-9a-f]{32}\): move away .* by hand"
 MODEL = ["--model", "test_vit", "--img-size", "32", "--device", "cpu", "--precision", "fp32"]
 
 
@@ -47,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     s = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.files, s.requests, s.ranges, s.break_off = {}, [], True, None
-    threading.Thread(target=s.serve_forever, daemon=True).start()
+    threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
     yield s
     s.shutdown()
     s.server_close()
@@ -167,7 +172,8 @@ def publish(server, monkeypatch, tmp_path):
         kind, members, n = layouts[name]()
         data, path = pack(kind, change(members)), "/" + datasets.SOURCES[name].url.split("/")[-1]
         server.files[path] = data if body is None else body(data)
-        facts = {"bytes": len(data), "md5": hashlib.md5(data).hexdigest(), "images": n}
+        facts = {"bytes": len(data), "md5": hashlib.md5(data).hexdigest()}
+        facts["images"] = (n * TRAIN // (TRAIN + TEST), n * TEST // (TRAIN + TEST))
         facts["url"] = f"http://127.0.0.1:{server.server_port}{path}"
         monkeypatch.setitem(datasets.SOURCES, name, datasets.SOURCES[name]._replace(**facts))
         return data
@@ -261,7 +267,9 @@ def test_another_split_file_and_its_mistakes(publish, tmp_path):
     same = ham.load_data(configuration(folder, tmp_path, split_file=str(mine)))
     assert torch.equal(same.pixels, data.pixels) and same.names == data.names
     mine.write_text(f"{WNIDS[0]}/art_0.jpg\n{WNIDS[0]}/art_77.jpg\nn0/x.jpg\n", encoding="utf-8")
-    says = rf"2 files of mine.txt are not there: n0/x.jpg, {WNIDS[0]}/art_77.jpg"
+    says = (
+        rf"2 files of mine.txt are not there: n0/x.jpg, {WNIDS[0]}/art_77.jpg; check --split-file"
+    )
     with pytest.raises(ham.InputError, match=says):
         ham.load_data(configuration("imagenet_r", tmp_path, split_file=str(mine)))
     with pytest.raises(ham.InputError, match="no such file"):
@@ -312,7 +320,7 @@ def test_a_wrong_archive_is_named_and_neither_unpacked_nor_touched(name, publish
         refused(
             name,
             tmp_path,
-            f"{archive.name} .*{says}.* move it away, the right one is http://127",
+            f"{archive.name} .*{says}.*{CURE}",
         )
         assert archive.read_bytes() == wrong and server.requests == []
         assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {
@@ -335,25 +343,60 @@ def test_a_download_that_breaks_off_goes_on(ranges, publish, server, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_parts_of_killed_downloads(ranges, publish, server, tmp_path):
+    """Whole, too long, and of something else: none is taken for right, none stands in the way."""
+    good, part = publish("imagenet_r"), tmp_path / "imagenet-r.tar.part"
+    server.ranges = ranges
+    part.write_bytes(good)
+    ham.load_data(configuration("imagenet_r", tmp_path))
+    assert server.requests == [] and not part.exists()
+    for wrong in (good + b"more", b"x" * len(good), b"x" * 100):
+        (tmp_path / "imagenet-r.tar").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "imagenet-r", ignore_errors=True)
+        part.write_bytes(wrong)
+        if ranges or len(wrong) >= len(good):
+            with pytest.raises(ham.InputError, match="what came has.*run again.*" + CURE):
+                ham.load_data(configuration("imagenet_r", tmp_path))
+        ham.load_data(configuration("imagenet_r", tmp_path))
+        assert not part.exists()
+
+
 def test_what_is_no_archive_is_not_kept(publish, server, tmp_path):
     publish("cub200", body=lambda data: b"<html>this page has moved</html>")
-    says = r"the server has 32 bytes \(text/html\) instead of .* by hand: http://.*CUB_200_2011.tgz"
+    says = r"the server has 32 bytes \(text/html\) instead of 4,370; run again.*" + CURE
     refused("cub200", tmp_path, says)
     publish("cub200", body=lambda data: data[:50] + bytes(len(data) - 50))
-    refused("cub200", tmp_path, "what came has md5 .* by hand: http.* md5 [0-9a-f]{32}")
+    refused("cub200", tmp_path, "what came has md5 .*" + CURE)
     server.server_close()
     server.shutdown()
-    refused("cub200", tmp_path, r"download: .*refused.* by hand: http://.*CUB_200_2011.tgz")
+    refused("cub200", tmp_path, "download: .*refused.*" + CURE)
     assert {p.suffix for p in tmp_path.iterdir()} <= {".txt", ".lock"}
 
 
-@pytest.mark.parametrize("name", ["cub200", "tiny_imagenet"])
-@pytest.mark.parametrize("evil", ["../evil.txt", "/tmp/../evil_of_ham.txt"])
+@pytest.mark.parametrize(
+    ("name", "evil"),
+    [("cub200", "../evil.txt"), ("tiny_imagenet", "../evil.txt"), ("tiny_imagenet", "/evil.txt")],
+)
 def test_no_member_leaves_the_folder(name, evil, publish, tmp_path):
     publish(name, change=lambda members: members | {evil: b"evil"})
-    refused(name, tmp_path / "data", "cannot be unpacked")
-    assert not list(tmp_path.rglob("*evil*")) and not (tmp_path.parent / "evil.txt").exists()
-    assert not list((tmp_path / "data").glob("*/"))
+    refused(name, tmp_path / "data", "cannot be unpacked.*" + CURE)
+    assert not list(tmp_path.rglob("*evil*")) and not list((tmp_path / "data").glob("*/"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_no_link_leads_out_of_the_folder(kind, tmp_path):
+    (tmp_path / "outside.txt").write_text("mine")
+    link, file = tarfile.TarInfo("imagenet-r/link"), tmp_path / "imagenet-r.tar"
+    link.type, link.linkname = (
+        kind,
+        "../../outside.txt" if kind == tarfile.SYMTYPE else "/etc/hosts",
+    )
+    with tarfile.open(file, "w") as archive:
+        archive.addfile(link)
+    with pytest.raises(OSError, match="cannot be unpacked"):
+        datasets.unpack(file, tmp_path / "imagenet-r")
+    assert {path.name for path in tmp_path.iterdir()} == {"outside.txt", "imagenet-r.tar"}
 
 
 @pytest.mark.parametrize("name", ["cifar100", *LAYOUTS])
@@ -399,7 +442,7 @@ def test_two_runs_at_once_download_and_decode_once(publish, server, tmp_path, mo
 def test_an_empty_folder_says_what_to_do(name, publish, server, tmp_path):
     publish(name)
     (tmp_path / datasets.SOURCES[name].folder).mkdir()
-    refused(name, tmp_path, "move it away, and the next run unpacks http://127.*md5")
+    refused(name, tmp_path, CURE)
     assert server.requests == []
 
 
@@ -413,9 +456,9 @@ def lacks(*parts):
         ("cub200", ["bird_3.jpg"], "4 images are not there: .*bird_3.jpg.*, \\.\\.\\."),
         ("cub200", ["classes.txt"], "classes.txt"),
         ("imagenet_r", [f"{WNIDS[1]}/"], "2 files of test_images.txt are not there"),
-        ("imagenet_r", ["art_1.jpg"], "24 images instead of 28"),
+        ("imagenet_r", ["art_1.jpg"], r"\[16, 8\] training and test images instead of \[20, 8\]"),
         ("tiny_imagenet", [f"train/{WNIDS[1]}/"], f"no class '{WNIDS[1]}'"),
-        ("tiny_imagenet", ["_1.JPEG"], "images instead of 28|images are not there"),
+        ("tiny_imagenet", ["_1.JPEG"], r"\[16, 8\] training and test images instead of \[20, 8\]"),
         ("tiny_imagenet", ["val/"], "val_annotations.txt"),
         ("cifar100", ["meta"], "missing or have other checksums"),
         ("cifar100", ["train"], "missing or have other checksums"),
@@ -423,7 +466,7 @@ def lacks(*parts):
 )
 def test_what_is_missing_is_named(name, without, says, publish, tmp_path):
     publish(name, change=lacks(*without))
-    refused(name, tmp_path, f"{says}.*move it away")
+    refused(name, tmp_path, f"{says}.*{CURE}")
 
 
 def test_cub_tables_that_do_not_agree(publish, tmp_path):
@@ -439,17 +482,72 @@ def test_an_unreadable_image_is_named_and_no_cache_is_left(publish, tmp_path):
 
 def test_the_cache_knows_what_went_into_it(publish, tmp_path):
     publish("cub200")
-    for settings in ({}, {}, {"img_size": 48}, {"crop_pct": 0.8}, {"norm": "unit"}, {"seed": 1}):
-        ham.load_data(configuration("cub200", tmp_path, **settings))
-    assert len(list(tmp_path.rglob("*.npy"))) == 3
-    # Another picture under the same name is another data set; the same elsewhere is not.
-    one = next((tmp_path / "CUB_200_2011" / "images").rglob("bird_0.jpg"))
-    one.write_bytes(picture(3, 99, size=(50, 50)))
-    ham.load_data(configuration("cub200", tmp_path))
-    assert len(list(tmp_path.rglob("*.npy"))) == 4
+
+    def caches(folder=tmp_path, **settings):
+        ham.load_data(configuration("cub200", folder, **settings))
+        return len(list(tmp_path.rglob("*.npy")))
+
+    for settings in ({}, {"norm": "unit"}, {"seed": 1}):
+        assert caches(**settings) == 1
+    assert caches(img_size=48) == 2 and caches(crop_pct=0.8) == 3
+    # Other pictures of the same size and name are other data; the same elsewhere are not.
+    images = sorted((tmp_path / "CUB_200_2011" / "images").rglob("*.jpg"))
+    one, other = images[0].read_bytes(), images[1].read_bytes()
+    size = max(len(one), len(other))
+    images[0].write_bytes(one.ljust(size, b"\0"))
+    assert caches() == 4
+    images[0].write_bytes(other.ljust(size, b"\0"))
+    os.utime(images[0], (1, 1))
+    assert caches() == 5
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("CUB_200_2011", "cache"):
         (tmp_path / name).rename(moved / name)
-    ham.load_data(configuration("cub200", moved))
-    assert len(list(tmp_path.rglob("*.npy"))) == 4
+    assert caches(moved) == 5
+    images = sorted((moved / "CUB_200_2011" / "images").rglob("*.jpg"))
+    images[0].rename(images[0].with_name("bird_9.jpg"))
+    table = moved / "CUB_200_2011" / "images.txt"
+    table.write_text(table.read_text().replace("bird_0.jpg", "bird_9.jpg", 1))
+    assert caches(moved) == 6
+    if sys.platform == "linux":  # mapped, not read into memory
+        assert ".npy" in Path("/proc/self/maps").read_text()
+    cfg = {"interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    datasets.read(configuration("cub200", moved), cfg)
+    assert len(list(tmp_path.rglob("*.npy"))) == 7
+
+
+def test_a_broken_cache_is_named_and_an_interrupted_one_not_kept(publish, tmp_path, monkeypatch):
+    publish("cub200")
+    c = configuration("cub200", tmp_path)
+
+    def interrupt(image):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.ImageOps, "exif_transpose", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ham.load_data(c)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".npy", ".part")]
+    ham.load_data(c)
+    cache = next(tmp_path.rglob("*.npy"))
+    for broken in (cache.read_bytes()[:5000], b""):
+        cache.write_bytes(broken)
+        with pytest.raises(ham.InputError, match=rf"{cache.name} is broken .* delete it"):
+            ham.load_data(c)
+
+
+def test_tiny_imagenet_keeps_its_pixels_and_is_cropped_by_the_batch(publish, tmp_path):
+    publish("tiny_imagenet")
+    c = configuration("tiny_imagenet", tmp_path, crop_pct=0.8, class_order="natural")
+    data = ham.load_data(c)
+    file = tmp_path / "tiny-imagenet-200" / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_0.JPEG"
+    want = np.asarray(Image.open(file)).transpose(2, 0, 1)
+    assert np.array_equal(data.pixels[0], want) and data.transform["crop_pct"] == 0.8
+    assert data.batch(torch.tensor([0]), "cpu").shape == (1, 3, 32, 32)
+
+
+def test_what_stands_in_the_folders_place(publish, server, tmp_path):
+    publish("cub200")
+    (tmp_path / "CUB_200_2011").symlink_to(tmp_path / "nowhere")
+    refused("cub200", tmp_path, "CUB_200_2011 is not a folder.*" + CURE)
+    assert server.requests == []
