@@ -472,6 +472,11 @@ def test_what_is_missing_is_named(name, without, says, publish, tmp_path):
 def test_cub_tables_that_do_not_agree(publish, tmp_path):
     publish("cub200", change=lambda m: m | {"CUB_200_2011/train_test_split.txt": b"1 1\n2 0\n"})
     refused("cub200", tmp_path, "do not agree")
+    shutil.rmtree(tmp_path / "CUB_200_2011")  # as the message says
+    (tmp_path / "CUB_200_2011.tgz").unlink()
+    table = "CUB_200_2011/train_test_split.txt"
+    publish("cub200", change=lambda m: m | {table: m[table].replace(b"1 0\n", b"1 1\n", 1)})
+    refused("cub200", tmp_path, r"\[21, 7\] training and test images instead of \[20, 8\]")
 
 
 def test_an_unreadable_image_is_named_and_no_cache_is_left(publish, tmp_path):
@@ -509,11 +514,12 @@ def test_the_cache_knows_what_went_into_it(publish, tmp_path):
     table = moved / "CUB_200_2011" / "images.txt"
     table.write_text(table.read_text().replace("bird_0.jpg", "bird_9.jpg", 1))
     assert caches(moved) == 6
-    if sys.platform == "linux":  # mapped, not read into memory
-        assert ".npy" in Path("/proc/self/maps").read_text()
     cfg = {"interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
-    datasets.read(configuration("cub200", moved), cfg)
+    pixels = datasets.read(configuration("cub200", moved), cfg)[0]
     assert len(list(tmp_path.rglob("*.npy"))) == 7
+    if sys.platform == "linux":  # mapped and not writable, so that it counts as no memory
+        maps = [x for x in Path("/proc/self/maps").read_text().splitlines() if ".npy" in x]
+        assert len(maps) == 1 and " r--s " in maps[0] and len(pixels)
 
 
 def test_a_broken_cache_is_named_and_an_interrupted_one_not_kept(publish, tmp_path, monkeypatch):
