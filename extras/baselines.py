@@ -29,7 +29,8 @@ import ham
 
 # ------------------------------------------------------------------------------------------- Config
 
-PENALTY = {"treelora": 0.1, "safm": 1.0, "o_lora": 0.5, "ewc": 1e4}  # safm, ewc: our choice
+# λ; of safm, ewc: our choice. Nothing is added to sd_lora's loss.
+PENALTY = {"treelora": 0.1, "safm": 1.0, "sd_lora": None, "o_lora": 0.5, "ewc": 1e4}
 ham.LEARNING_RATE |= dict.fromkeys(("treelora", "ewc"), 3e-4)  # as sequential; untried
 ham.LEARNING_RATE |= dict.fromkeys(("safm", "sd_lora", "o_lora"), 1e-3)  # as ham; untried
 
@@ -38,10 +39,8 @@ ham.LEARNING_RATE |= dict.fromkeys(("safm", "sd_lora", "o_lora"), 1e-3)  # as ha
 class Config(ham.Config):
     """ham.py's settings, other methods, and the weight of their penalty."""
 
-    method: str = ham.option(
-        "treelora", "what learns", ("treelora", "safm", "sd_lora", "o_lora", "ewc")
-    )
-    penalty: float = ham.option(None, "λ; default treelora 0.1, safm 1, o_lora 0.5, ewc 1e4", low=0)
+    method: str = ham.option("treelora", "what learns", tuple(PENALTY))
+    penalty: float = ham.option(None, "λ; treelora 0.1, safm 1, o_lora 0.5, ewc 1e4", low=0)
 
 
 def run(config):
@@ -51,14 +50,20 @@ def run(config):
     changes = dict.fromkeys(ham.GROUPING) | {"train_alpha": False}
     changes |= scalars if config.method == "sd_lora" else {}
     if config.penalty is None:
-        changes["penalty"] = PENALTY.get(config.method)
+        changes["penalty"] = PENALTY[config.method]
     loop = {"treelora": TwiceDifferentiable, "safm": SAFMLearner}.get(config.method, ham.Learner)
     return ham.run(dataclasses.replace(config, **changes), METHODS[config.method], loop)
 
 
-def factors(p):
+def factors(adapter):
     """The tensors of an adapter, layer by layer: [b, a, b, a, ...]"""
-    return [x for ba in p.adapter.values() for x in ba]
+    return [x for ba in adapter.values() for x in ba]
+
+
+def copy(adapter, train=False):
+    """The same numbers in tensors of their own."""
+    new = {n: tuple(x.detach().clone() for x in ba) for n, ba in adapter.items()}
+    return {n: tuple(x.requires_grad_(train) for x in ba) for n, ba in new.items()}
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
@@ -140,7 +145,7 @@ class NearGradient(ham.Trainable):
     def penalty(self, loss):
         """λ d(g, ĝ_k). Its gradient takes a second backward pass through the first."""
         near = self.method.tree is not None and self.method.config.penalty > 0
-        g = torch.autograd.grad(loss, factors(self), retain_graph=True, create_graph=near)
+        g = torch.autograd.grad(loss, factors(self.adapter), retain_graph=True, create_graph=near)
         g = [torch.cat([b.flatten(), a.flatten()]) for b, a in zip(g[::2], g[1::2])]
         sums = self.sum or [0.0] * len(g)
         self.sum, self.steps = [s + x.detach() for s, x in zip(sums, g)], self.steps + 1
@@ -193,8 +198,7 @@ class SAFM(ham.HAM):
         p = super().start()
         if self.stage == "warm-up":
             return p
-        warm = self.adapter.items()
-        p.adapter = {n: tuple(x.clone().requires_grad_() for x in ba) for n, ba in warm}
+        p.adapter = copy(self.adapter, train=True)
         if self.stage == "search":
             return Search(**vars(p), pool=self.pool)
         chosen = {n: self.decided[block_of(n)] for n in self.w0}
@@ -214,8 +218,8 @@ class SAFM(ham.HAM):
         self.choices.append(dict(self.decided))
         for block in (block for block, k in self.decided.items() if k == "new"):
             new = {n: ba for n, ba in p.adapter.items() if block_of(n) == block}
-            self.pool[block].append({n: tuple(x.detach() for x in ba) for n, ba in new.items()})
-            self.choices[-1][block] = len(self.pool[block]) - 1
+            self.choices[-1][block] = len(self.pool[block])
+            self.pool[block].append(copy(new))
         return {"adapters": self.decided}
 
     def weights_of(self, task):
@@ -230,8 +234,7 @@ class SAFM(ham.HAM):
         return self.weights_of(-1)
 
     def kept(self):
-        every = [adapter for adapters in self.pool.values() for adapter in adapters]
-        return [x for adapter in every for ba in adapter.values() for x in ba]
+        return [x for adapters in self.pool.values() for one in adapters for x in factors(one)]
 
 
 @dataclass
@@ -307,16 +310,16 @@ class SAFMLearner(ham.Learner):
         for method.stage in ("warm-up", "search"):
             method.config = dataclasses.replace(c, epochs=1)
             p, _ = ham.train_task(self.vit, method, self.data, task)
-            method.adapter = {n: tuple(x.detach() for x in ba) for n, ba in p.adapter.items()}
+            method.adapter = copy(p.adapter)
         method.decide(p)
         method.stage, method.config = "tuning", c
 
     def take_class_means(self, task):
         super().take_class_means(task)
-        classes = self.data.tasks[task]
-        rows, labels = self.data.rows("train", classes)
-        bare = ham.extract(self.vit, self.ham.w0, self.data, rows, self.c)
-        self.frozen[list(classes)] = ham.class_means(bare, labels.to(self.c.device), classes)
+        classes, own = list(self.data.tasks[task]), self.weights
+        self.weights = self.ham.w0
+        self.frozen[classes] = ham.class_means(*self.features("train", task), classes)
+        self.weights = own
 
     def under(self, task, wanted):
         """Features under a task's weights, -1: under W0; each image once. (n,) bool -> (m, D)"""
@@ -346,11 +349,6 @@ class SAFMLearner(ham.Learner):
             self.matrix[name].append(ham.accuracies(by_guess, labels, seen)[0])
             self.known[name] = ham.accuracies(known, labels, seen)[1]
 
-    def features(self, part, task):
-        """Under the task's own adapters."""
-        self.weights = self.ham.weights_of(task)
-        return super().features(part, task)
-
     def oracle(self):
         """Features of different tasks lie in different spaces: None."""
 
@@ -366,39 +364,20 @@ class SDLoRA(ham.HAM):
 
     def finish(self, task, p):
         record = {"alpha": p.alpha.item(), "alpha_groups": p.alpha_groups.tolist()}
-        adapter = {name: tuple(x.detach() for x in ba) for name, ba in p.adapter.items()}
         for group, value in zip(self.groups, record["alpha_groups"]):
             group.alpha = value
-        self.groups.append(ham.Group(adapter, record["alpha"], [task]))
+        self.groups.append(ham.Group(copy(p.adapter), record["alpha"], [task]))
         return record
 
 
-class OLoRA(ham.HAM):
-    """loss + λ Σ_k |A_k A_iᵀ|²; ΔW = Σ_k ΔW_k. (The public code adds absolute values.)"""
-
-    def __init__(self, w0, config):
-        super().__init__(w0, config)
-        self.subspaces = {name: w.new_zeros(0, w.shape[1]) for name, w in w0.items()}
+class OLoRA(SDLoRA):
+    """loss + λ Σ_k |A_k A_iᵀ|²; ΔW = Σ_k ΔW_k, every α_k = 1. (The public code adds |entries|.)"""
 
     def start(self):
-        c, p = self.config, super().start()
-        random = 1000 * c.seed + len(self.groups and self.groups[0].members)
-        adapter = ham.new_adapter(self.w0, c.rank, random)  # each task starts in a place of its own
-        p.adapter = {n: tuple(x.requires_grad_() for x in ba) for n, ba in adapter.items()}
+        p, random = super().start(), 1000 * self.config.seed + len(self.groups)
+        # Not the same A for every task, as HAM: each starts in a place of its own.
+        p.adapter = copy(ham.new_adapter(self.w0, self.config.rank, random), train=True)
         return Orthogonal(**vars(p), method=self)
-
-    def finish(self, task, p):
-        for name, ba in p.adapter.items():
-            new = tuple(x.detach() for x in ba)
-            self.subspaces[name] = torch.cat([self.subspaces[name], new[1]])
-            old = [g.delta_w[name] for g in self.groups]
-            p.adapter[name] = ham.merge([new, *old], [1.0] * (1 + len(old)))
-        members = [k for g in self.groups for k in g.members] + [task]
-        self.groups = [ham.Group(p.adapter, 1.0, members)]
-        return {}
-
-    def kept(self):
-        return super().kept() + list(self.subspaces.values())
 
 
 @dataclass
@@ -408,8 +387,10 @@ class Orthogonal(ham.Trainable):
     method: OLoRA = None
 
     def penalty(self, loss):
-        overlap = [self.method.subspaces[n] @ a.T for n, (_, a) in self.adapter.items()]
-        return self.method.config.penalty * sum(x.square().sum() for x in overlap)
+        pairs = [
+            (g.delta_w[n][1], ba[1]) for g in self.method.groups for n, ba in self.adapter.items()
+        ]
+        return self.method.config.penalty * sum((old @ a.T).square().sum() for old, a in pairs)
 
 
 class EWC(ham.HAM):
@@ -444,15 +425,15 @@ class Elastic(ham.Trainable):
     before: list = None
 
     def __post_init__(self):
-        self.before = [x.detach().clone() for x in factors(self)]
+        self.before = factors(copy(self.adapter))
 
     def penalty(self, loss):
-        g = torch.autograd.grad(loss, factors(self), retain_graph=True)
+        g = torch.autograd.grad(loss, factors(self.adapter), retain_graph=True)
         squares = self.squares or [0.0] * len(g)
         self.squares, self.steps = [s + x**2 for s, x in zip(squares, g)], self.steps + 1
         if not self.method.fisher:
             return 0.0
-        moved = zip(self.method.fisher, factors(self), self.before)
+        moved = zip(self.method.fisher, factors(self.adapter), self.before)
         pull = sum((f * (x - old) ** 2).sum() for f, x, old in moved)
         return self.method.config.penalty / 2 * pull
 
