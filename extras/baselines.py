@@ -8,22 +8,22 @@ sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitude
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017) on the factors of one LoRA
 
-Each class holds what differs from ham.HAM: what is trained (`start`, a ham.Trainable), what is added
-to the loss (`penalty`), what is kept (`finish`). Where nothing else is said at a line, the value or
-form is its paper's as summarised in public sources; "our choice" marks what a ViT with disjoint
-classes needed.
+What differs from ham.HAM is here: what is trained (`start`), added to the loss (`penalty`), kept
+(`finish`). Values are the papers' as public summaries give them, or marked as our choice.
 """
 
 from __future__ import annotations  # ham.parse reads the fields' types as text
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ham
 
@@ -46,13 +46,15 @@ class Config(ham.Config):
 def run(config):
     """As ham.run. -> dict, what results.json holds"""
     ham.check_ranges(config)
-    scalars = {"train_alpha": config.train_alpha, "lr_alpha": config.lr_alpha}
     changes = dict.fromkeys(ham.GROUPING) | {"train_alpha": False}
-    changes |= scalars if config.method == "sd_lora" else {}
+    if config.method == "sd_lora":
+        changes |= {"train_alpha": True, "lr_alpha": config.lr_alpha}
     if config.penalty is None:
         changes["penalty"] = PENALTY[config.method]
-    loop = {"treelora": TwiceDifferentiable, "safm": SAFMLearner}.get(config.method, ham.Learner)
-    return ham.run(dataclasses.replace(config, **changes), METHODS[config.method], loop)
+    loop = SAFMLearner if config.method == "safm" else ham.Learner
+    twice = config.method == "treelora"  # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
+        return ham.run(dataclasses.replace(config, **changes), METHODS[config.method], loop)
 
 
 def factors(adapter):
@@ -158,15 +160,6 @@ class NearGradient(ham.Trainable):
         return self.method.config.penalty * d
 
 
-class TwiceDifferentiable(ham.Learner):
-    """Fused attention has no second derivative."""
-
-    def __init__(self, vit, method, data):
-        super().__init__(vit, method, data)
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-
-
 # --------------------------------------------------------------------------------------------- SAFM
 # Decision: warm up a new adapter in every block, then  ΔW = Σ_k λ_k ΔW_k  over {empty, every earlier
 # one of the block, the new one}, λ = softmax(w); the greatest λ of a block decides. Tuning: the new
@@ -242,9 +235,10 @@ class Search(ham.Trainable):
     """The decision stage: the new adapters and the weights of all candidates are trained."""
 
     pool: dict = None
-    logits: dict = field(default_factory=dict)  # block: (earlier + 2,)
+    logits: dict = None  # block: (earlier + 2,)
 
     def __post_init__(self):
+        self.logits = {}
         for block, old in self.pool.items():
             first = [FIRST["empty"], *[FIRST["old"]] * len(old), FIRST["new"]]
             self.logits[block] = torch.tensor(first, device=self.alpha.device, requires_grad=True)
