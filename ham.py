@@ -75,6 +75,9 @@ def option(default, text, choices=None, low=-math.inf, high=math.inf):
     return field(default=default, metadata=meta)
 
 
+METHODS = ("ham", "sequential", "average", "joint", "frozen")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting. None: filled in by `resolve`, which also sets what does not apply to None."""
@@ -106,7 +109,7 @@ class Config:
         None,
         "ham, or a control: one LoRA trained on and on, the average of adapters trained alone, "
         "all classes as one task, no training; default ham, demo: ham, sequential, frozen",
-        ("ham", "sequential", "average", "joint", "frozen"),
+        METHODS,
     )
     rank: int = option(8, "r, rank of an adapter (our choice)", low=1)
     layers: str = option("qkv", "layers with LoRA, any of qkv,proj,fc1,fc2 (our choice)")

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import ham
-from extras import demo, run_all, screen, tables
+from extras import baselines, demo, run_all, screen, tables
 
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
@@ -805,7 +805,8 @@ def test_every_run_of_the_tables_can_be_repeated():
     rows = {run for table in tables.TABLES.values() for run in table.values()}
     assert rows == {re.sub(r"-s\d+$", "", name) for name in run_all.RUNS}
     for name, flags in run_all.RUNS.items():
-        c = ham.resolve(ham.parse(flags.split()))
+        kind = ham.Config if run_all.program(flags) == ["ham.py"] else baselines.Config
+        c = ham.resolve(baselines.prepare(ham.parse(flags.split(), kind))[0])
         parts = [c.dataset, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
         assert name == "-".join(filter(None, parts))
         file = ROOT / "results" / name / "results.json"

@@ -14,7 +14,6 @@ What differs from ham.HAM is here: what is trained (`start`), added to the loss 
 
 from __future__ import annotations  # ham.parse reads the fields' types as text
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ham
 
@@ -39,22 +37,27 @@ ham.LEARNING_RATE |= dict.fromkeys(("safm", "sd_lora", "o_lora"), 1e-3)  # as ha
 class Config(ham.Config):
     """ham.py's settings, other methods, and the weight of their penalty."""
 
-    method: str = ham.option("treelora", "what learns", tuple(PENALTY))
+    method: str = ham.option(None, "treelora, ..., or one of ham.py's", (*PENALTY, *ham.METHODS))
     penalty: float = ham.option(None, "λ; treelora 0.1, safm 1, o_lora 0.5, ewc 1e4", low=0)
 
 
-def run(config):
-    """As ham.run. -> dict, what results.json holds"""
+def prepare(config):
+    """-> the configuration, None where a setting does not apply; subclasses of HAM and Learner"""
     ham.check_ranges(config)
+    if config.method not in METHODS:
+        return config, ham.HAM, ham.Learner
     changes = dict.fromkeys(ham.GROUPING) | {"train_alpha": False}
     if config.method == "sd_lora":
         changes |= {"train_alpha": True, "lr_alpha": config.lr_alpha}
     if config.penalty is None:
         changes["penalty"] = PENALTY[config.method]
     loop = SAFMLearner if config.method == "safm" else ham.Learner
-    twice = config.method == "treelora"  # fused attention has no second derivative
-    with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
-        return ham.run(dataclasses.replace(config, **changes), METHODS[config.method], loop)
+    return dataclasses.replace(config, **changes), METHODS[config.method], loop
+
+
+def run(config):
+    """As ham.run. -> dict, what results.json holds"""
+    return ham.run(*prepare(config))
 
 
 def factors(adapter):
@@ -80,8 +83,8 @@ def distance(g, other):
 
     g, other: lists of (P,), one per layer -> () in [0, 1]
     """
-    apart = sum((x - y).abs().sum() for x, y in zip(g, other))
-    return apart / sum(x.abs().sum() + y.abs().sum() for x, y in zip(g, other)).clamp(min=1e-12)
+    g, other = torch.cat(g), torch.cat(other)
+    return (g - other).abs().sum() / (g.abs().sum() + other.abs().sum()).clamp(min=1e-12)
 
 
 class Node:
@@ -104,9 +107,8 @@ class Node:
 
     def bound(self, t):
         """LCB; a node that no step went through comes first."""
-        if not self.n:
-            return -math.inf
-        return self.total / self.n - 2 * math.sqrt(math.log(max(t, 2)) / self.n)
+        spread = math.log(max(t, 2)) / self.n if self.n else math.inf
+        return self.total / max(self.n, 1) - 2 * math.sqrt(spread)
 
     def search(self):
         """From the root to a task, always to the smaller bound. -> nodes, the last with one task"""
@@ -122,9 +124,11 @@ class TreeLoRA(ham.HAM):
     def __init__(self, w0, config):
         super().__init__(w0, config)
         self.one_adapter, self.signatures, self.tree = True, [], None
+        torch.backends.cuda.enable_flash_sdp(False)  # fused attention has no second derivative
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     def start(self):
-        if self.signatures:  # a new tree: the bounds are those of this task's steps
+        if self.signatures:  # bounds are of this task's steps
             self.tree = Node(list(range(len(self.signatures))), self.signatures)
         return NearGradient(**vars(super().start()), method=self)
 
@@ -164,17 +168,15 @@ class NearGradient(ham.Trainable):
 # Decision: warm up a new adapter in every block, then  ΔW = Σ_k λ_k ΔW_k  over {empty, every earlier
 # one of the block, the new one}, λ = softmax(w); the greatest λ of a block decides. Tuning: the new
 # adapters that were chosen, by the loss + Σ_l cos(h_l, h_l-1), h_l the output of block l's adapter.
-# Made for language: its pseudo-replay needs a language model and is left out, so that earlier
-# adapters stay as they are; an adapter is LoRA on the block's --layers (both our choice). The method
-# needs the task; without it, it is that of the nearest class mean of the frozen features (ours).
+# Its pseudo-replay needs a language model and is left out: earlier adapters stay as they are. An
+# adapter is LoRA on the block's --layers. The task is that of the nearest frozen class mean. (Ours.)
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
 SEARCH = 0.1  # their learning rate: a few steps of Adam can turn the order round (our choice)
 
 
 def block_of(name):
-    """blocks.3.attn.qkv.weight -> blocks.3"""
-    return ".".join(name.split(".")[:2])
+    return ".".join(name.split(".")[:2])  # blocks.3.attn.qkv.weight -> blocks.3
 
 
 class SAFM(ham.HAM):
@@ -196,9 +198,8 @@ class SAFM(ham.HAM):
             return Search(**vars(p), pool=self.pool)
         chosen = {n: self.decided[block_of(n)] for n in self.w0}
         p.adapter = {n: ba for n, ba in p.adapter.items() if chosen[n] == "new"}
-        old = {n: k for n, k in chosen.items() if isinstance(k, int)}
-        reused = {n: self.pool[block_of(n)][k][n] for n, k in old.items()}
-        return Tuned(**vars(p), reused=reused, method=self)
+        old = {n: self.pool[block_of(n)][k][n] for n, k in chosen.items() if isinstance(k, int)}
+        return Tuned(**vars(p), reused=old, method=self)
 
     def decide(self, p):
         """After the search: the greatest weight of each block, "empty", a number or "new"."""
@@ -369,7 +370,7 @@ class OLoRA(SDLoRA):
 
     def start(self):
         p, random = super().start(), 1000 * self.config.seed + len(self.groups)
-        # Not the same A for every task, as HAM: each starts in a place of its own.
+        # HAM starts every task from the same A, this one each in a place of its own.
         p.adapter = copy(ham.new_adapter(self.w0, self.config.rank, random), train=True)
         return Orthogonal(**vars(p), method=self)
 

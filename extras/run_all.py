@@ -71,11 +71,25 @@ for tasks in (10, 5):
     add("cifar100", tasks, "ham sequential average frozen", I50, "i50", SEEDS[:1])
 
 
+# 6. Other methods
+OTHERS = "treelora safm sd_lora o_lora ewc"
+for data, tasks, flags, name in (("cifar100", 20, I50, "i50"), ("cub200", 10, "", "")):
+    add(data, tasks, "treelora safm", flags, name)
+    add(data, tasks, "sd_lora o_lora ewc", flags, name, SEEDS[:1])
+add("cifar100", 10, OTHERS, I50, "i50", SEEDS[:1])
+
+
+def program(flags):
+    """ham.py, or extras/baselines.py for the methods that are there."""
+    method = flags.split()[flags.split().index("--method") + 1]
+    return ["-m", "extras.baselines"] if method in OTHERS.split() else ["ham.py"]
+
+
 def run_one(name, flags, args):
     """One run of ham.py in a process of its own; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "ham.py", *flags.split()]
+    command = [sys.executable, *program(flags), *flags.split()]
     command += ["--data-dir", args.data_dir, "--weights", args.weights]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
     start = time.time()

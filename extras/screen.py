@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 
 import ham
-from extras import provenance
+from extras import baselines, provenance
 
 
-class Screen(ham.Learner):
+class Seldom:
     """The loop's state, with rows of NaN where nothing was evaluated."""
 
     def evaluate(self, task):
@@ -29,10 +29,11 @@ class Screen(ham.Learner):
 
 def screen(config):
     """-> dict of plain numbers, per cent"""
-    c = ham.resolve(dataclasses.replace(config, validate=True))
+    c, method, loop = baselines.prepare(dataclasses.replace(config, validate=True))
+    c = ham.resolve(c)
     data, vit = ham.load_data(c), ham.build_vit(c)
     layers = {} if c.method == "frozen" else ham.lora_layers(vit, c.layers)
-    learner = Screen(vit, ham.HAM(layers, c), data)
+    learner = type("Screen", (Seldom, loop), {})(vit, method(layers, c), data)
     for task in range(c.tasks):
         learner.learn(task)
     at, last = (c.tasks // 2 or 1, c.tasks), learner.records[-1]
@@ -40,7 +41,7 @@ def screen(config):
     for name, matrix in learner.matrix.items():
         result[name] = [ham.accuracy_so_far(matrix[t - 1], learner.sizes) for t in at]
     result |= {k: last[k] for k in ("loss", "alpha", "alpha_groups", "group_sizes")}
-    given, default = dataclasses.asdict(config), dataclasses.asdict(ham.Config())
+    given, default = dataclasses.asdict(config), dataclasses.asdict(type(config)())
     paths = ("out", "data_dir", "weights", "name", "validate")
     result["settings"] = {k: v for k, v in given.items() if v != default[k] and k not in paths}
     result |= {"config": dataclasses.asdict(c), "seconds": learner.seconds}
@@ -48,7 +49,7 @@ def screen(config):
 
 
 def main():
-    config = ham.parse()
+    config = ham.parse(kind=baselines.Config, text=__doc__)
     try:
         result = screen(config)
     except ham.InputError as error:

@@ -23,6 +23,7 @@ COLUMNS = {  # heading: key in results.json
 
 
 METHODS = ("ham", "sequential", "average", "frozen", "joint")
+OTHERS = (*METHODS, "treelora", "safm", "sd_lora", "o_lora", "ewc")
 
 
 def methods(data, tasks, name="", names=METHODS):
@@ -33,12 +34,12 @@ def methods(data, tasks, name="", names=METHODS):
 
 PART = "cifar100-T20-ham-i50"
 TABLES = {
-    "cifar100": methods("cifar100", 20, "i50"),
+    "cifar100": methods("cifar100", 20, "i50", OTHERS),
     "cifar100-T50": methods("cifar100", 50, "i50"),
     "cifar100-i250": methods("cifar100", 20, "i250"),
-    "cub200": methods("cub200", 10),
+    "cub200": methods("cub200", 10, "", OTHERS),
     "cub200-T20": methods("cub200", 20),
-    "cifar100-T10": methods("cifar100", 10, "i50"),
+    "cifar100-T10": methods("cifar100", 10, "i50", OTHERS),
     "cifar100-T5": methods("cifar100", 5, "i50"),
     "cifar100-all": methods("cifar100", 20, "160px", ("ham", "sequential", "frozen")),
     "parts": {
