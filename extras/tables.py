@@ -183,8 +183,8 @@ def screening(results=ROOT / "results"):
     lines = []
     for line in (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines():
         r = json.loads(line)
-        s = {"batch_size": 32} | r["settings"]
-        budget = f"{s['tasks']}, {s['images_per_class']}, {s.pop('batch_size')}"
+        s = {"batch_size": 32, "images_per_class": "all", "method": "ham"} | r["settings"]
+        budget = f"{s['dataset']}, {s['tasks']}, {s['images_per_class']}, {s.pop('batch_size')}"
         what = [
             f"{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in s.items()
@@ -195,7 +195,7 @@ def screening(results=ROOT / "results"):
         learnt = f"{r['tasks_learnt'] // 2}, {r['tasks_learnt']}"
         sizes = " ".join(map(str, r["group_sizes"] or [])) or "–"
         lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes])
-    head = ["T, images per class, batch", "settings", "after tasks", "half-way", "end"]
+    head = ["data, T, images per class, batch", "settings", "after tasks", "half-way", "end"]
     return markdown([*head, "end, by the head", "oracle means", "group sizes"], lines)
 
 
