@@ -240,6 +240,11 @@ def dense(update):
     return update[0] @ update[1] if isinstance(update, tuple) else update
 
 
+def factors(adapter):
+    """The tensors of an adapter, layer by layer. dict name: (b, a) -> [b, a, b, a, ...]"""
+    return [x for ba in adapter.values() for x in ba]
+
+
 def flat(delta_w):
     """ΔW of all layers as one vector. dict name: update -> (P,)"""
     return torch.cat([dense(update).flatten() for update in delta_w.values()])
@@ -340,14 +345,10 @@ class Trainable:
 
     def parameters(self, c):
         """What the optimiser moves, at which rates: torch's parameter groups."""
-        factors = [x for ba in self.adapter.values() for x in ba]
         scalars = {"params": [self.alpha, self.alpha_groups], "lr": c.lr_alpha}
-        groups = [{"params": factors, "lr": c.lr}, {"params": [self.head], "lr": c.lr_head}]
+        groups = [{"params": factors(self.adapter), "lr": c.lr}]
+        groups += [{"params": [self.head], "lr": c.lr_head}]
         return groups + [scalars] * c.train_alpha
-
-    def penalty(self, loss):
-        """What is added to the cross-entropy: nothing in HAM."""
-        return 0.0
 
 
 class HAM:
@@ -376,6 +377,10 @@ class HAM:
             torch.ones((), device=c.device, requires_grad=c.train_alpha),
             torch.tensor([g.alpha for g in under], device=c.device, requires_grad=c.train_alpha),
         )
+
+    def penalty(self, p, loss):
+        """What is added to the cross-entropy: nothing in HAM."""
+        return 0.0
 
     def finish(self, task, p):
         """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers"""
@@ -607,7 +612,7 @@ def train_task(vit, ham, data, task):
             for batch in torch.randperm(len(rows), generator=random).split(c.batch_size):
                 flip = torch.rand(len(batch), generator=random) < 0.5
                 x, y = data.batch(rows[batch], c.device, flip), labels[batch.to(c.device)]
-                loss = train_step(vit, p, ham.w0, x, y, optimiser, c)
+                loss = train_step(vit, ham, p, x, y, optimiser)
                 schedule.step()
                 log.append(torch.stack([loss.detach(), p.alpha.detach()]))  # no synchronisation
                 if not bar.disable and bar.n % 20 == 0:
@@ -616,14 +621,14 @@ def train_task(vit, ham, data, task):
     return p, torch.stack(log).tolist()
 
 
-def train_step(vit, p, w0, x, y, optimiser, c):
+def train_step(vit, ham, p, x, y, optimiser):
     """One step on x (n, 3, S, S), y (n,) in 0..classes of the task - 1. -> loss ()"""
-    weights = p.weights(w0)  # (1), fp32, one weight per layer and step
-    with autocast(c):
+    weights = p.weights(ham.w0)  # (1), fp32, one weight per layer and step
+    with autocast(ham.config):
         features = functional_call(vit, weights, x)
     loss = F.cross_entropy(SCALE * cosine_logits(features.float(), p.head), y)
     optimiser.zero_grad()
-    (loss + p.penalty(loss)).backward()
+    (loss + ham.penalty(p, loss)).backward()
     optimiser.step()
     return loss
 
@@ -795,7 +800,7 @@ class Learner:
         """One task: train, group and merge, take class means, evaluate. Appends its record."""
         before, record = dict(self.seconds), dict.fromkeys(RECORD)
         if self.ham.w0:
-            p, log = self.timed("train", train_task, self.vit, self.ham, self.data, task)
+            p, log = self.timed("train", self.train, task)
             losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]  # of the last epoch
             if not all(map(math.isfinite, losses)):
                 raise InputError(f"task {task + 1}: the loss is not finite; lower --lr {self.c.lr}")
@@ -813,6 +818,9 @@ class Learner:
         record["accuracy"] = accuracy_so_far(self.matrix[self.c.read_out][-1], self.sizes)
         record["forgetting"] = forgetting(self.matrix[self.c.read_out])
         self.records.append(record)
+
+    def train(self, task):
+        return train_task(self.vit, self.ham, self.data, task)
 
     def timed(self, what, function, *args):
         """Call a function and add its seconds to those spent on `what`."""
@@ -916,12 +924,15 @@ def save(folder, results, learner):
     c, transform = learner.c, dict(learner.data.transform)
     transform |= {"input_size": (3, transform.pop("size"), c.img_size), "crop_pct": c.crop_pct}
     about = {"config": results["config"], "names": learner.data.names, "transform": transform}
-    tensors = learner.vit.state_dict() | learner.weights | {"rows": learner.rows[c.read_out]}
+    tensors = (
+        learner.vit.state_dict() | (learner.weights or {}) | {"rows": learner.rows[c.read_out]}
+    )
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "part"
-    save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
-    part.replace(folder / "model.safetensors")
+    if learner.weights is not None:  # None: no single set of weights is the model (extras)
+        save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
+        part.replace(folder / "model.safetensors")
     part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     part.replace(folder / "results.json")
 
@@ -935,10 +946,10 @@ def fail(message):
     sys.exit(2)
 
 
-def parse(argv=None, kind=Config, text=__doc__):
+def parse(argv=None, kind=Config, manual=__doc__):
     """Command line -> Config: one flag per field, the manual made of the fields' own texts."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=manual, formatter_class=raw, allow_abbrev=False)
     parser.error = fail  # argparse's own would print the whole usage first
     for f in dataclasses.fields(kind):
         notes = [f"default {f.default}"] if f.default is not None else []

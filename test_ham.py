@@ -793,6 +793,15 @@ def test_readme_says_that_ham_is_best_in_every_line(name):
     )
 
 
+def test_readme_says_whether_the_advantage_grows():
+    mean, seeds = tables.advantage()
+    assert seeds and list(mean) == sorted(mean)
+    assert list(mean.values()) != sorted(mean.values())
+    assert (
+        "its advantage does not grow with the number of tasks" in (ROOT / "README.md").read_text()
+    )
+
+
 def test_figure_is_drawn_from_results(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     tables.draw(tmp_path / "a.png")

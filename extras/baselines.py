@@ -6,7 +6,7 @@ treelora  TreeLoRA (arXiv 2506.10355): one LoRA, its gradient drawn to that of a
 safm      Sparse Adapter Fusion (arXiv 2602.02502): each block reuses, adds or leaves out an adapter
 sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitudes learnt
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
-ewc       elastic weight consolidation (PNAS 2017) on the factors of one LoRA
+ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
 
 What differs from ham.HAM is here: what is trained (`start`), added to the loss (`penalty`), kept
 (`finish`). Values are the papers' as public summaries give them, or marked as our choice.
@@ -24,13 +24,18 @@ import torch
 import torch.nn.functional as F
 
 import ham
+from ham import factors
 
 # ------------------------------------------------------------------------------------------- Config
 
-# λ; of safm, ewc: our choice. Nothing is added to sd_lora's loss.
+# λ; of safm, ewc: our choice; treelora's is the paper's, of a distance that we rescale.
 PENALTY = {"treelora": 0.1, "safm": 1.0, "sd_lora": None, "o_lora": 0.5, "ewc": 1e4}
-ham.LEARNING_RATE |= dict.fromkeys(("treelora", "ewc"), 3e-4)  # as sequential; untried
-ham.LEARNING_RATE |= dict.fromkeys(("safm", "sd_lora", "o_lora"), 1e-3)  # as ham; untried
+# Learning rates as of the control that each comes closest to; not searched for yet.
+for near, like in (("sequential", ("treelora", "ewc")), ("ham", ("safm", "sd_lora", "o_lora"))):
+    for key, rate in list(ham.LEARNING_RATE.items()):
+        if key == near or key[0] == near:
+            new = {m if key == near else (m, key[1]): rate for m in like}
+            ham.LEARNING_RATE |= new
 
 
 @dataclass(frozen=True)
@@ -44,25 +49,19 @@ class Config(ham.Config):
 def prepare(config):
     """-> the configuration, None where a setting does not apply; subclasses of HAM and Learner"""
     ham.check_ranges(config)
-    if config.method not in METHODS:
-        return config, ham.HAM, ham.Learner
-    changes = dict.fromkeys(ham.GROUPING) | {"train_alpha": False}
+    penalty = config.penalty if config.penalty is not None else PENALTY.get(config.method)
+    changes = {"penalty": None if PENALTY.get(config.method) is None else penalty}
+    if config.method in PENALTY:
+        changes |= dict.fromkeys(ham.GROUPING) | {"train_alpha": False}
     if config.method == "sd_lora":
         changes |= {"train_alpha": True, "lr_alpha": config.lr_alpha}
-    if config.penalty is None:
-        changes["penalty"] = PENALTY[config.method]
-    loop = SAFMLearner if config.method == "safm" else ham.Learner
-    return dataclasses.replace(config, **changes), METHODS[config.method], loop
+    method, loop = METHODS.get(config.method, (ham.HAM, ham.Learner))
+    return dataclasses.replace(config, **changes), method, loop
 
 
 def run(config):
     """As ham.run. -> dict, what results.json holds"""
     return ham.run(*prepare(config))
-
-
-def factors(adapter):
-    """The tensors of an adapter, layer by layer: [b, a, b, a, ...]"""
-    return [x for ba in adapter.values() for x in ba]
 
 
 def copy(adapter, train=False):
@@ -72,50 +71,43 @@ def copy(adapter, train=False):
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
-# loss + λ d(g, ĝ_k),  k the earlier task with the smallest  LCB_k = μ̂_k - 2 sqrt(log t / n_k)
-# g: gradient of the loss by A and B; ĝ_k: its mean while task k was trained; μ̂_k: the mean distance
-# seen in the n_k steps that k was taken in, of t. (The public code takes A itself for g, in the mean
-# over an epoch, and subtracts an inner product scaled to the loss.) The last adapter is used.
+# loss + λ |g - ĝ_k|₁,  k the earlier task with the smallest  LCB_k = μ̂_k - 2 sqrt(log t / n_k)
+# g: gradient of a batch's loss by A and B; ĝ_k: its mean over task k's steps (the paper: over an
+# epoch); μ̂_k: mean L1 distance of this task's mean so far to ĝ_k, over the n_k steps of t that took k.
+# The last adapter is used. (The public code takes A itself for g and subtracts an inner product that
+# is scaled to the loss and to training progress.) The paper's sparse updates are left out.
 
 
-def distance(g, other):
-    """L1 distance as a share of its greatest value, so that λ and the bound need no unit: ours.
+def leaves(tasks, signatures, depth=0, deepest=5):
+    """K-D tree over tasks: level l halves them at the median distance from their mean, layer l.
 
-    g, other: lists of (P,), one per layer -> () in [0, 1]
+    signatures: per task, per adapted layer (P,) -> lists of tasks, the leaves
     """
-    g, other = torch.cat(g), torch.cat(other)
-    return (g - other).abs().sum() / (g.abs().sum() + other.abs().sum()).clamp(min=1e-12)
+    if len(tasks) == 1 or depth == min(deepest, len(signatures[0])):
+        return [tasks]
+    layer = torch.stack([signatures[k][depth] for k in tasks])
+    order = (layer - layer.mean(0)).abs().sum(1).argsort(stable=True).tolist()
+    half = (len(tasks) + 1) // 2
+    parts = [[tasks[i] for i in sorted(part)] for part in (order[:half], order[half:])]
+    return [leaf for part in parts for leaf in leaves(part, signatures, depth + 1, deepest)]
 
 
-class Node:
-    """K-D tree over tasks: depth l halves them at the median distance from their mean in layer l.
+class Bandit:
+    """Which leaf next: the one with the smallest lower confidence bound. arms: number of leaves"""
 
-    Each node counts the steps that went through it and the distances they met.
-    """
+    def __init__(self, arms):
+        self.n, self.mean = [0] * arms, [0.0] * arms
 
-    def __init__(self, tasks, signatures, depth=0, deepest=5):
-        self.tasks, self.n, self.total, self.children = tasks, 0, 0.0, []
-        if len(tasks) > 1 and depth < min(deepest, len(signatures[0])):
-            layer = torch.stack([signatures[k][depth] for k in tasks])  # (tasks, P)
-            order = (layer - layer.mean(0)).abs().sum(1).argsort(stable=True).tolist()
-            half = (len(tasks) + 1) // 2
-            for part in (order[:half], order[half:]):
-                part = [tasks[i] for i in sorted(part)]
-                self.children.append(Node(part, signatures, depth + 1, deepest))
-        elif len(tasks) > 1:  # a leaf of several tasks: told apart by their own bounds (our choice)
-            self.children = [Node([k], signatures, deepest, deepest) for k in tasks]
+    def choose(self):
+        """A leaf that was never taken comes first. -> int"""
+        t = max(sum(self.n), 1)
+        bounds = zip(self.mean, self.n)
+        lcb = [m - 2 * math.sqrt(math.log(t) / n) if n else -math.inf for m, n in bounds]
+        return min(range(len(lcb)), key=lcb.__getitem__)
 
-    def bound(self, t):
-        """LCB; a node that no step went through comes first."""
-        spread = math.log(max(t, 2)) / self.n if self.n else math.inf
-        return self.total / max(self.n, 1) - 2 * math.sqrt(spread)
-
-    def search(self):
-        """From the root to a task, always to the smaller bound. -> nodes, the last with one task"""
-        path = [self]
-        while path[-1].children:
-            path.append(min(path[-1].children, key=lambda child: child.bound(self.n)))
-        return path
+    def saw(self, arm, distance):
+        self.n[arm] += 1
+        self.mean[arm] += (distance - self.mean[arm]) / self.n[arm]
 
 
 class TreeLoRA(ham.HAM):
@@ -123,45 +115,53 @@ class TreeLoRA(ham.HAM):
 
     def __init__(self, w0, config):
         super().__init__(w0, config)
-        self.one_adapter, self.signatures, self.tree = True, [], None
-        torch.backends.cuda.enable_flash_sdp(False)  # fused attention has no second derivative
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        self.one_adapter, self.signatures = True, []
 
     def start(self):
-        if self.signatures:  # bounds are of this task's steps
-            self.tree = Node(list(range(len(self.signatures))), self.signatures)
-        return NearGradient(**vars(super().start()), method=self)
+        self.sum, self.steps, self.bandit = None, 0, None
+        if self.signatures:
+            tree = leaves(list(range(len(self.signatures))), self.signatures)
+            every = [torch.cat(signature) for signature in self.signatures]
+            self.near = [torch.stack([every[k] for k in leaf]).mean(0) for leaf in tree]
+            self.bandit = Bandit(len(tree))
+        return super().start()
+
+    def penalty(self, p, loss):
+        """Its value is of no use, its gradient is λ |g - ĝ_k|₁'s by A and B (not by the head): ours.
+
+        The distance is taken as a share of |g|₁ + |ĝ_k|₁, so that λ needs no unit (ours).
+        """
+        x, weight = factors(p.adapter), self.config.penalty
+        pull = self.bandit is not None and weight > 0
+        g = torch.autograd.grad(loss, x, retain_graph=True, create_graph=pull)
+        layers = [torch.cat([b.flatten(), a.flatten()]) for b, a in zip(g[::2], g[1::2])]
+        sums = self.sum or [0.0] * len(layers)
+        self.sum, self.steps = [s + y.detach() for s, y in zip(sums, layers)], self.steps + 1
+        if not pull:
+            return 0.0
+        k, g = self.bandit.choose(), torch.cat(layers)
+        so_far, near = torch.cat(self.sum) / self.steps, self.near[k]
+        self.bandit.saw(k, (so_far - near).abs().sum().item())
+        share = (g - near).abs().sum() / (g.abs().sum() + near.abs().sum()).clamp(min=1e-12)
+        second = torch.autograd.grad(weight * share, x, retain_graph=True)
+        return sum((y * z.detach()).sum() for y, z in zip(x, second))
 
     def finish(self, task, p):
-        self.signatures.append([g / p.steps for g in p.sum])
-        return super().finish(task, p)
+        self.signatures.append([s / self.steps for s in self.sum])
+        taken = {"leaves_taken": self.bandit.n if self.bandit else None}
+        return super().finish(task, p) | taken
 
     def kept(self):
         return super().kept() + [g for signature in self.signatures for g in signature]
 
 
-@dataclass
-class NearGradient(ham.Trainable):
-    """TreeLoRA's part of a task."""
+class Unfused(ham.Learner):
+    """Fused attention has no second derivative."""
 
-    method: TreeLoRA = None
-    sum: list = None  # of gradients, per layer (P,)
-    steps: int = 0
-
-    def penalty(self, loss):
-        """λ d(g, ĝ_k). Its gradient takes a second backward pass through the first."""
-        near = self.method.tree is not None and self.method.config.penalty > 0
-        g = torch.autograd.grad(loss, factors(self.adapter), retain_graph=True, create_graph=near)
-        g = [torch.cat([b.flatten(), a.flatten()]) for b, a in zip(g[::2], g[1::2])]
-        sums = self.sum or [0.0] * len(g)
-        self.sum, self.steps = [s + x.detach() for s, x in zip(sums, g)], self.steps + 1
-        if not near:
-            return 0.0
-        path = self.method.tree.search()
-        d = distance(g, self.method.signatures[path[-1].tasks[0]])
-        for node in path:
-            node.n, node.total = node.n + 1, node.total + d.item()
-        return self.method.config.penalty * d
+    def __init__(self, vit, method, data):
+        super().__init__(vit, method, data)
+        for block in vit.blocks if method.config.penalty else []:
+            block.attn.fused_attn = False
 
 
 # --------------------------------------------------------------------------------------------- SAFM
@@ -169,7 +169,8 @@ class NearGradient(ham.Trainable):
 # one of the block, the new one}, λ = softmax(w); the greatest λ of a block decides. Tuning: the new
 # adapters that were chosen, by the loss + Σ_l cos(h_l, h_l-1), h_l the output of block l's adapter.
 # Its pseudo-replay needs a language model and is left out: earlier adapters stay as they are. An
-# adapter is LoRA on the block's --layers. The task is that of the nearest frozen class mean. (Ours.)
+# adapter is LoRA on the block's --layers, the last of them gives h_l (of qkv, blocks have no common
+# basis). The task of a test image is that of the nearest frozen class mean. (All of this: ours.)
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
 SEARCH = 0.1  # their learning rate: a few steps of Adam can turn the order round (our choice)
@@ -186,7 +187,7 @@ class SAFM(ham.HAM):
         super().__init__(w0, config)
         self.pool = {block_of(name): [] for name in w0}  # per block: adapters, name: (b, a)
         self.choices = []  # per task: block: number in the pool, or "empty"
-        self.stage, self.decided, self.adapter = "tuning", None, None
+        self.stage, self.decided, self.adapter, self.frozen = "tuning", None, None, None
         self.inputs = {}  # name: what the layer was given, (n, tokens, k), in the last pass
 
     def start(self):
@@ -199,14 +200,25 @@ class SAFM(ham.HAM):
         chosen = {n: self.decided[block_of(n)] for n in self.w0}
         p.adapter = {n: ba for n, ba in p.adapter.items() if chosen[n] == "new"}
         old = {n: self.pool[block_of(n)][k][n] for n, k in chosen.items() if isinstance(k, int)}
-        return Tuned(**vars(p), reused=old, method=self)
+        return Tuned(**vars(p), reused=old)
 
     def decide(self, p):
         """After the search: the greatest weight of each block, "empty", a number or "new"."""
-        self.decided = {}
+        self.decided, self.shares = {}, {}
         for block, weights in p.logits.items():
             candidates = ["empty", *range(len(self.pool[block])), "new"]
             self.decided[block] = candidates[int(weights.argmax())]
+            self.shares[block] = weights.softmax(0).tolist()
+
+    def penalty(self, p, loss):
+        """Tuning: λ Σ_l cos(h_l, h_l-1), mean over images and tokens; 0 where one is empty."""
+        if self.stage != "tuning":
+            return 0.0
+        h = {}
+        for name, (b, a) in (p.reused | p.adapter).items():
+            h[block_of(name)] = self.inputs[name].float() @ a.T @ b.T
+        pairs = [(h[k], h[l]) for k, l in itertools.pairwise(self.pool) if k in h and l in h]
+        return self.config.penalty * sum(F.cosine_similarity(*x, dim=-1).mean() for x in pairs)
 
     def finish(self, task, p):
         self.choices.append(dict(self.decided))
@@ -214,7 +226,7 @@ class SAFM(ham.HAM):
             new = {n: ba for n, ba in p.adapter.items() if block_of(n) == block}
             self.choices[-1][block] = len(self.pool[block])
             self.pool[block].append(copy(new))
-        return {"adapters": self.decided}
+        return {"adapters": self.decided, "search": self.shares}
 
     def weights_of(self, task):
         """W0 + ΔW of the task's adapters. -> dict name: (d, k)"""
@@ -228,7 +240,8 @@ class SAFM(ham.HAM):
         return self.weights_of(-1)
 
     def kept(self):
-        return [x for adapters in self.pool.values() for one in adapters for x in factors(one)]
+        every = [x for adapters in self.pool.values() for one in adapters for x in factors(one)]
+        return [*every, self.frozen]
 
 
 @dataclass
@@ -247,8 +260,7 @@ class Search(ham.Trainable):
     def weights(self, w0):
         weights = {}
         for name, w in w0.items():
-            old = self.pool[block_of(name)]
-            share = self.logits[block_of(name)].softmax(0)
+            old, share = self.pool[block_of(name)], self.logits[block_of(name)].softmax(0)
             updates = [ham.dense(x[name]) for x in old] + [ham.dense(self.adapter[name])]
             weights[name] = w + sum(s * update for s, update in zip(share[1:], updates))
         return weights
@@ -262,22 +274,10 @@ class Tuned(ham.Trainable):
     """The tuning stage: chosen new adapters are trained, reused ones are not."""
 
     reused: dict = None  # name: (b, a)
-    method: SAFM = None
 
     def weights(self, w0):
         updates = self.reused | self.adapter
         return {n: w + ham.dense(updates[n]) if n in updates else w for n, w in w0.items()}
-
-    def penalty(self, loss):
-        """Σ_l cos(h_l, h_l-1), in the mean over images and tokens; 0 where an adapter is empty."""
-        updates, h = self.reused | self.adapter, {}
-        for name, (b, a) in updates.items():  # the first of a block's layers speaks for it
-            if block_of(name) not in h:
-                h[block_of(name)] = self.method.inputs[name].float() @ a.T @ b.T
-        blocks = list(self.method.pool)
-        pairs = [(h[k], h[l]) for k, l in itertools.pairwise(blocks) if k in h and l in h]
-        total = sum(F.cosine_similarity(x, y, dim=-1).mean() for x, y in pairs)
-        return self.method.config.penalty * total
 
 
 class SAFMLearner(ham.Learner):
@@ -285,7 +285,7 @@ class SAFMLearner(ham.Learner):
 
     def __init__(self, vit, method, data):
         super().__init__(vit, method, data)
-        self.frozen = torch.zeros_like(self.rows["class-mean"])  # class means, for the task
+        method.frozen = torch.zeros_like(self.rows["class-mean"])  # class means, for the task
         self.test_rows, self.labels = data.rows("test", range(len(data.names)))
         self.store = {}  # per task: features of the test images under its weights, (N, D) or NaN
         sizes = torch.tensor([len(t) for t in data.tasks])
@@ -295,25 +295,26 @@ class SAFMLearner(ham.Learner):
             save = functools.partial(method.inputs.__setitem__, name)
             layer.register_forward_pre_hook(lambda _, x, save=save: save(x[0]))
 
-    def learn(self, task):
-        self.timed("train", self.decide, task)
-        super().learn(task)
-
-    def decide(self, task):
-        """Warm-up and search, an epoch each (our choice)."""
+    def train(self, task):
+        """Warm-up and search, an epoch each (our choice), then the tuning."""
         method, c = self.ham, self.c
-        for method.stage in ("warm-up", "search"):
-            method.config = dataclasses.replace(c, epochs=1)
-            p, _ = ham.train_task(self.vit, method, self.data, task)
+        for stage in ("warm-up", "search"):
+            method.stage, method.config = stage, dataclasses.replace(c, epochs=1)
+            p, log = super().train(task)
+            if not math.isfinite(log[-1][0]):
+                raise ham.InputError(
+                    f"task {task + 1}, {stage}: the loss is not finite; lower --lr"
+                )
             method.adapter = copy(p.adapter)
         method.decide(p)
         method.stage, method.config = "tuning", c
+        return super().train(task)
 
     def take_class_means(self, task):
         super().take_class_means(task)
         classes, own = list(self.data.tasks[task]), self.weights
         self.weights = self.ham.w0
-        self.frozen[classes] = ham.class_means(*self.features("train", task), classes)
+        self.ham.frozen[classes] = ham.class_means(*self.features("train", task), classes)
         self.weights = own
 
     def under(self, task, wanted):
@@ -333,8 +334,8 @@ class SAFMLearner(ham.Learner):
         """As ham.Learner's: the task of an image is that of its nearest frozen class mean."""
         seen, labels = self.data.tasks[: task + 1], self.labels[: self.seen[task]].to(self.c.device)
         bare = self.under(-1, torch.ones_like(labels, dtype=torch.bool))
-        guess = self.owner[ham.cosine_logits(bare, self.frozen[: seen[-1][-1] + 1]).argmax(1)]
         size = len(labels), seen[-1][-1] + 1
+        guess = self.owner[ham.cosine_logits(bare, self.ham.frozen[: size[1]]).argmax(1)]
         for name, rows in self.rows.items():
             by_guess, known = (torch.full(size, -math.inf, device=self.c.device) for _ in range(2))
             for k, t in enumerate(seen):
@@ -346,6 +347,11 @@ class SAFMLearner(ham.Learner):
 
     def oracle(self):
         """Features of different tasks lie in different spaces: None."""
+
+    def results(self):
+        """Images are counted once, but trained on in three stages and evaluated once: no rates."""
+        self.weights = None
+        return super().results() | {"images_per_second": {"training": None, "inference": None}}
 
 
 # ------------------------------------------------------------------------------------ The short ones
@@ -372,26 +378,17 @@ class OLoRA(SDLoRA):
         p, random = super().start(), 1000 * self.config.seed + len(self.groups)
         # HAM starts every task from the same A, this one each in a place of its own.
         p.adapter = copy(ham.new_adapter(self.w0, self.config.rank, random), train=True)
-        return Orthogonal(**vars(p), method=self)
+        return p
 
-
-@dataclass
-class Orthogonal(ham.Trainable):
-    """O-LoRA's part of a task."""
-
-    method: OLoRA = None
-
-    def penalty(self, loss):
-        pairs = [
-            (g.delta_w[n][1], ba[1]) for g in self.method.groups for n, ba in self.adapter.items()
-        ]
-        return self.method.config.penalty * sum((old @ a.T).square().sum() for old, a in pairs)
+    def penalty(self, p, loss):
+        pairs = [(g.delta_w[n][1], ba[1]) for g in self.groups for n, ba in p.adapter.items()]
+        return self.config.penalty * sum((old @ a.T).square().sum() for old, a in pairs)
 
 
 class EWC(ham.HAM):
     """loss + λ/2 Σ F (θ - θ*)²; θ* the factors after the last task, F summed over all earlier ones.
 
-    F: mean squared gradient of the batches' losses while a task was trained (our choice).
+    F: mean squared gradient of the batches' mean losses while a task was trained (our choice).
     """
 
     def __init__(self, w0, config):
@@ -399,41 +396,30 @@ class EWC(ham.HAM):
         self.one_adapter, self.fisher = True, None
 
     def start(self):
-        return Elastic(**vars(super().start()), method=self)
+        p, self.squares, self.steps = super().start(), None, 0
+        self.before = factors(copy(p.adapter))
+        return p
+
+    def penalty(self, p, loss):
+        x = factors(p.adapter)
+        g = torch.autograd.grad(loss, x, retain_graph=True)
+        squares = self.squares or [0.0] * len(g)
+        self.squares, self.steps = [s + y**2 for s, y in zip(squares, g)], self.steps + 1
+        moved = zip(self.fisher or [], x, self.before)
+        return self.config.penalty / 2 * sum((f * (y - old) ** 2).sum() for f, y, old in moved)
 
     def finish(self, task, p):
-        new = [s / p.steps for s in p.squares]
-        self.fisher = [f + x for f, x in zip(self.fisher, new)] if self.fisher else new
+        new = [s / self.steps for s in self.squares]
+        self.fisher = [f + y for f, y in zip(self.fisher, new)] if self.fisher else new
         return super().finish(task, p)
 
     def kept(self):
         return super().kept() + self.fisher
 
 
-@dataclass
-class Elastic(ham.Trainable):
-    """EWC's part of a task."""
-
-    method: EWC = None
-    squares: list = None
-    steps: int = 0
-    before: list = None
-
-    def __post_init__(self):
-        self.before = factors(copy(self.adapter))
-
-    def penalty(self, loss):
-        g = torch.autograd.grad(loss, factors(self.adapter), retain_graph=True)
-        squares = self.squares or [0.0] * len(g)
-        self.squares, self.steps = [s + x**2 for s, x in zip(squares, g)], self.steps + 1
-        if not self.method.fisher:
-            return 0.0
-        moved = zip(self.method.fisher, factors(self.adapter), self.before)
-        pull = sum((f * (x - old) ** 2).sum() for f, x, old in moved)
-        return self.method.config.penalty / 2 * pull
-
-
-METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoRA, "ewc": EWC}
+METHODS = {"treelora": (TreeLoRA, Unfused), "safm": (SAFM, SAFMLearner)}
+METHODS |= {"sd_lora": (SDLoRA, ham.Learner), "o_lora": (OLoRA, ham.Learner)}
+METHODS |= {"ewc": (EWC, ham.Learner)}
 
 
 def main(argv=None):

@@ -79,7 +79,7 @@ def main():
     optimiser = torch.optim.AdamW([p.head, *(x for ba in p.adapter.values() for x in ba)])
     for _ in range(10):
         start = time.perf_counter()
-        ham.train_step(vit, p, h.w0, x, y.to(c.device), optimiser, c).item()
+        ham.train_step(vit, h, p, x, y.to(c.device), optimiser).item()
         step = time.perf_counter() - start
     share = size / speeds["ham.py"] / step
     print(

@@ -60,4 +60,5 @@ def end(results, folder):
     if results["images_per_second"]["training"]:
         speed = "training {training:.0f}, inference {inference:.0f}"
         say(f"images per second             {speed.format(**results['images_per_second'])}")
-    say(f"written: {folder}/results.json and model.safetensors\n")
+    model = " and model.safetensors" * (folder / "model.safetensors").is_file()
+    say(f"written: {folder}/results.json{model}\n")

@@ -49,7 +49,7 @@ def screen(config):
 
 
 def main():
-    config = ham.parse(kind=baselines.Config, text=__doc__)
+    config = ham.parse(kind=baselines.Config, manual=__doc__)
     try:
         result = screen(config)
     except ham.InputError as error:

@@ -199,6 +199,32 @@ def screening(results=ROOT / "results"):
     return markdown([*head, "end, by the head", "oracle means", "group sizes"], lines)
 
 
+def advantage(results=ROOT / "results"):
+    """HAM's final accuracy less sequential's for each T on CIFAR-100, over the seeds that all have.
+
+    -> dict T: points, list of seeds
+    """
+    runs, finals = ("cifar100-T5", "cifar100-T10", "cifar100", "cifar100-T50"), {}
+    for name in runs:
+        pair = measured({m: TABLES[name][m] for m in ("ham", "sequential")}, results)
+        if len(pair) == 2:
+            both = [load(run, results) for run in pair.values()]
+            finals[both[0][0]["config"]["tasks"]] = [
+                {r["config"]["seed"]: r["final_accuracy"] for r in run} for run in both
+            ]
+    seeds = sorted(set.intersection(*(set(x) for both in finals.values() for x in both)))
+    mean = {t: statistics.mean(a[s] - b[s] for s in seeds) for t, (a, b) in finals.items()}
+    return mean, seeds
+
+
+def growth(results=ROOT / "results"):
+    """One sentence: does the advantage grow with the number of tasks?"""
+    mean, seeds = advantage(results)
+    points = ", ".join(f"{x:.1f} with {t}" for t, x in mean.items())
+    what = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"HAM's points above `sequential` by the number of tasks, CIFAR-100, {what}: {points}."
+
+
 def settings(results=ROOT / "results"):
     """Every measured setting: its budget, its table, the rows that were not measured."""
     text, nothing = [], []
@@ -224,7 +250,7 @@ def settings(results=ROOT / "results"):
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
     makers = {"claims": claims, "settings": settings, "efficiency": efficiency}
-    return (makers | {"screening": screening})[name](results)
+    return (makers | {"screening": screening, "growth": growth})[name](results)
 
 
 def fill(text, results=ROOT / "results"):
