@@ -49,6 +49,8 @@ class Config(ham.Config):
 def prepare(config):
     """-> the configuration, None where a setting does not apply; subclasses of HAM and Learner"""
     ham.check_ranges(config)
+    if not isinstance(config, Config):
+        return config, ham.HAM, ham.Learner
     penalty = config.penalty if config.penalty is not None else PENALTY.get(config.method)
     changes = {"penalty": None if PENALTY.get(config.method) is None else penalty}
     if config.method in PENALTY:
