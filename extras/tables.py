@@ -230,7 +230,7 @@ def settings(results=ROOT / "results"):
     text, nothing = [], []
     for name, rows in TABLES.items():
         there = measured(rows, results)
-        if len(there) < 2 or set(there) <= {"joint", "frozen"}:
+        if set(there) <= {"joint", "frozen", "HAM"}:  # HAM: the row that parts has from elsewhere
             nothing.append(name)
             continue
         run = load(next(iter(there.values())), results)[0]
