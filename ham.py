@@ -924,13 +924,11 @@ def save(folder, results, learner):
     c, transform = learner.c, dict(learner.data.transform)
     transform |= {"input_size": (3, transform.pop("size"), c.img_size), "crop_pct": c.crop_pct}
     about = {"config": results["config"], "names": learner.data.names, "transform": transform}
-    tensors = (
-        learner.vit.state_dict() | (learner.weights or {}) | {"rows": learner.rows[c.read_out]}
-    )
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "part"
     if learner.weights is not None:  # None: no single set of weights is the model (extras)
+        tensors = learner.vit.state_dict() | learner.weights | {"rows": learner.rows[c.read_out]}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
         part.replace(folder / "model.safetensors")
     part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
