@@ -794,9 +794,8 @@ def test_readme_says_that_ham_is_best_in_every_line(name):
 
 
 def test_readme_says_whether_the_advantage_grows():
-    mean, seeds = tables.advantage()
-    assert seeds and list(mean) == sorted(mean)
-    assert list(mean.values()) != sorted(mean.values())
+    gaps = [gap for gap, _, _ in tables.advantage().values()]
+    assert gaps != sorted(gaps)
     assert (
         "its advantage does not grow with the number of tasks" in (ROOT / "README.md").read_text()
     )

@@ -200,29 +200,30 @@ def screening(results=ROOT / "results"):
 
 
 def advantage(results=ROOT / "results"):
-    """HAM's final accuracy less sequential's for each T on CIFAR-100, over the seeds that all have.
+    """HAM's final accuracy less sequential's for each T on CIFAR-100, over the seeds both have.
 
-    -> dict T: points, list of seeds
+    -> dict T: (points, standard error or None, number of seeds)
     """
-    runs, finals = ("cifar100-T5", "cifar100-T10", "cifar100", "cifar100-T50"), {}
-    for name in runs:
+    gaps = {}
+    for name in ("cifar100-T5", "cifar100-T10", "cifar100", "cifar100-T50"):
         pair = measured({m: TABLES[name][m] for m in ("ham", "sequential")}, results)
         if len(pair) == 2:
-            both = [load(run, results) for run in pair.values()]
-            finals[both[0][0]["config"]["tasks"]] = [
-                {r["config"]["seed"]: r["final_accuracy"] for r in run} for run in both
-            ]
-    seeds = sorted(set.intersection(*(set(x) for both in finals.values() for x in both)))
-    mean = {t: statistics.mean(a[s] - b[s] for s in seeds) for t, (a, b) in finals.items()}
-    return mean, seeds
+            ham, other = (load(run, results) for run in pair.values())
+            seeds = {r["config"]["seed"] for r in ham} & {r["config"]["seed"] for r in other}
+            gaps[ham[0]["config"]["tasks"]] = (*paired(ham, other), len(seeds))
+    return gaps
 
 
 def growth(results=ROOT / "results"):
     """One sentence: does the advantage grow with the number of tasks?"""
-    mean, seeds = advantage(results)
-    points = ", ".join(f"{x:.1f} with {t}" for t, x in mean.items())
-    what = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"HAM's points above `sequential` by the number of tasks, CIFAR-100, {what}: {points}."
+    points = [
+        f"{gap:.1f} with {t} (one seed)"
+        if n == 1
+        else f"{gap:.1f} ± {error:.1f} with {t} ({n} seeds)"
+        for t, (gap, error, n) in advantage(results).items()
+    ]
+    what = "HAM's points above `sequential` by the number of tasks, CIFAR-100, 50 per class"
+    return f"{what} (± standard error): {', '.join(points)}."
 
 
 def settings(results=ROOT / "results"):
