@@ -796,9 +796,8 @@ def test_readme_says_that_ham_is_best_in_every_line(name):
 def test_readme_says_whether_the_advantage_grows():
     gaps = [gap for gap, _, _ in tables.advantage().values()]
     assert gaps != sorted(gaps)
-    assert (
-        "its advantage does not grow with the number of tasks" in (ROOT / "README.md").read_text()
-    )
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "its advantage does not grow with the number of tasks" in readme
 
 
 def test_figure_is_drawn_from_results(tmp_path):
