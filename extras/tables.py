@@ -262,7 +262,8 @@ def fill(text, results=ROOT / "results"):
 
 def figure(axes, names, results=ROOT / "results"):
     """Draw accuracy against tasks, an axis per setting; bands from the lowest to the highest seed."""
-    styles = {"ham": "o-", "sequential": "s--", "average": "v-.", "frozen": "^:"}
+    looks = {"ham": "C0o-", "sequential": "C1s--", "average": "C2v-.", "frozen": "C3^:"}
+    looks |= {m: f"C{i}.-" for i, m in enumerate(OTHERS) if m not in METHODS}
     titles = {name: label for label, name in SETTINGS.items()}
     for ax, name in zip(axes, names):
         for label, run in measured(TABLES[name], results).items():
@@ -271,11 +272,12 @@ def figure(axes, names, results=ROOT / "results"):
                 ax.axhline(curves[0][0], color="#999999", lw=1, label="joint")
                 continue
             steps, mean = range(1, len(curves[0]) + 1), [statistics.mean(x) for x in zip(*curves)]
-            (line,) = ax.plot(steps, mean, styles[label], ms=4, label=label)
+            (line,) = ax.plot(steps, mean, looks[label], ms=4, label=label)
             low, high = [min(x) for x in zip(*curves)], [max(x) for x in zip(*curves)]
             ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
         ax.set(title=titles[name], xlabel="after task", ylabel="accuracy, all classes seen (%)")
-    axes[0].legend(frameon=False)
+        ax.locator_params("x", integer=True)
+        ax.legend(frameon=False)
 
 
 def draw(file, results=ROOT / "results"):
