@@ -91,6 +91,12 @@ def paired(one, other, key="final_accuracy"):
     return statistics.mean(both), error
 
 
+def ahead(one, other):
+    """The paired difference of final accuracies as text, ± its standard error."""
+    gap, error = paired(one, other)
+    return f"{gap:+.1f}" + (f" ± {error:.1f}" if error is not None else "")
+
+
 def cell(values, digits=1):
     """Mean, and ± standard deviation of two seeds or more; a dash where it does not apply."""
     if not values or None in values:
@@ -129,7 +135,6 @@ def claims(results=ROOT / "results"):
         if not {"ham", "sequential"} <= set(runs):
             continue
         ham, final = runs["ham"], {m: [r["final_accuracy"] for r in runs[m]] for m in runs}
-        gap, error = paired(ham, runs["sequential"])
         means = {m: statistics.mean(values) for m, values in final.items()}
         way = means.get("joint", means["sequential"]) - means["sequential"]
         way = f"{100 * (means['ham'] - means['sequential']) / way:.0f} %" if way > 0 else "–"
@@ -138,7 +143,7 @@ def claims(results=ROOT / "results"):
             for m in ("ham", "sequential")
         ]
         cells = [cell(final.get(m)) for m in METHODS]
-        gap = f"{gap:+.1f}" + (f" ± {error:.1f}" if error is not None else "")
+        gap = ahead(ham, runs["sequential"])
         lines.append([label, *cells, gap, way, " / ".join(forgot), str(len(ham))])
     return markdown(
         [
@@ -153,11 +158,37 @@ def claims(results=ROOT / "results"):
     )
 
 
-def efficiency(results=ROOT / "results"):
-    """What each method costs: seconds, images per second, parameters, memory; mean over seeds."""
+def others(results=ROOT / "results"):
+    """HAM, `sequential` and the methods of extras/baselines.py: a line each, where one is measured.
+
+    The difference to HAM is of the seeds both have, ± its standard error where these are several.
+    """
     lines = []
     for label, name in SETTINGS.items():
+        there = measured({m: r for m, r in TABLES[name].items() if m not in METHODS[2:]}, results)
+        if set(there) <= set(METHODS):
+            continue
+        ham = load(there["ham"], results)
+        for method, run in there.items():
+            runs = load(run, results)
+            keys = "final_accuracy", "forgetting", "task_known_accuracy"
+            cells = [cell([r[k] for r in runs]) for k in keys]
+            cells.insert(1, "" if method == "ham" else ahead(ham, runs))
+            seconds = cell([r["seconds"]["train"] for r in runs], 0)
+            stored = f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k"
+            lines.append([label, method, *cells, seconds, stored, str(len(runs))])
+    head = ["", "method", "final accuracy", "ham − it", "forgetting", "task known", "training s"]
+    return markdown([*head, "stored", "seeds"], lines)
+
+
+def efficiency(results=ROOT / "results"):
+    """What each method costs: seconds, images per second, parameters, memory; mean over seeds."""
+    lines, shown = [], set()
+    for label, name in SETTINGS.items():
         for method, run in measured(TABLES[name], results).items():
+            if run in shown:  # joint's one task is that of several settings
+                continue
+            shown.add(run)
             runs = load(run, results)
             speed = [[r["images_per_second"][k] for r in runs] for k in ("training", "inference")]
             lines.append(
@@ -250,8 +281,8 @@ def settings(results=ROOT / "results"):
 
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    makers = {"claims": claims, "settings": settings, "efficiency": efficiency}
-    return (makers | {"screening": screening, "growth": growth})[name](results)
+    makers = {"claims": claims, "growth": growth, "others": others, "settings": settings}
+    return (makers | {"efficiency": efficiency, "screening": screening})[name](results)
 
 
 def fill(text, results=ROOT / "results"):
