@@ -803,6 +803,19 @@ def test_readme_says_whether_the_advantage_grows():
     assert "Its advantage over `sequential` grows from 5 tasks to 20; from 20 to 50 no" in readme
 
 
+def test_readme_says_how_other_methods_compare():
+    """At T = 20: which are less than a point from HAM, on the seeds both have, and which below."""
+    runs = {m: tables.load(r) for m, r in tables.measured(tables.TABLES["cifar100"]).items()}
+    ham_runs, other = runs["ham"], baselines.METHODS
+    gaps = {m: tables.paired(ham_runs, runs[m])[0] for m in (*other, "sequential")}
+    assert {m for m, gap in gaps.items() if abs(gap) < 1} == {"o_lora", "ewc"}
+    assert {m for m, gap in gaps.items() if gap > 1.95} == set(gaps) - {"o_lora", "ewc"}
+    assert {len(runs[m]) for m in other} == {1}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "At T = 20 HAM is level with O-LoRA and EWC** (less than a point, one seed)" in readme
+    assert "2 points or more above TreeLoRA, SD-LoRA and `sequential`" in readme
+
+
 def test_figure_is_drawn_from_results(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     tables.draw(tmp_path / "a.png")

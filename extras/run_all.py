@@ -76,6 +76,8 @@ OTHERS = "treelora safm sd_lora o_lora ewc"
 for data, tasks, flags, name in (("cifar100", 20, I50, "i50"), ("cub200", 10, "", "")):
     add(data, tasks, "treelora safm", flags, name)
     add(data, tasks, "sd_lora o_lora ewc", flags, name, SEEDS[:1])
+add("cifar100", 50, "o_lora ewc", I50, "i50")
+add("cifar100", 50, "treelora safm sd_lora", I50, "i50", SEEDS[:1])
 add("cifar100", 10, OTHERS, I50, "i50", SEEDS[:1])
 
 

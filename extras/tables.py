@@ -35,7 +35,7 @@ def methods(data, tasks, name="", names=METHODS):
 PART = "cifar100-T20-ham-i50"
 TABLES = {
     "cifar100": methods("cifar100", 20, "i50", OTHERS),
-    "cifar100-T50": methods("cifar100", 50, "i50"),
+    "cifar100-T50": methods("cifar100", 50, "i50", OTHERS),
     "cifar100-i250": methods("cifar100", 20, "i250"),
     "cub200": methods("cub200", 10, "", OTHERS),
     "cub200-T20": methods("cub200", 20),
@@ -225,9 +225,11 @@ def screening(results=ROOT / "results"):
         figures = [r["class-mean"][0], r["class-mean"][1], r["head"][1], r["oracle"]]
         learnt = f"{r['tasks_learnt'] // 2}, {r['tasks_learnt']}"
         sizes = " ".join(map(str, r["group_sizes"] or [])) or "–"
-        lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes])
+        seconds = cell([r["seconds"]["train"]], 0) if "seconds" in r else "–"
+        lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes, seconds])
     head = ["data, T, images per class, batch", "settings", "after tasks", "half-way", "end"]
-    return markdown([*head, "end, by the head", "oracle means", "group sizes"], lines)
+    head += ["end, by the head", "oracle means", "group sizes", "train s"]
+    return markdown(head, lines)
 
 
 def advantage(results=ROOT / "results"):
@@ -291,43 +293,45 @@ def fill(text, results=ROOT / "results"):
     return between.sub(lambda m: f"{m[1]}\n{made(m[2], results)}\n{m[3]}", text)
 
 
-def figure(axes, names, results=ROOT / "results"):
-    """Draw accuracy against tasks, an axis per setting; bands from the lowest to the highest seed."""
+def figure(results=ROOT / "results"):
+    """Accuracy against tasks, a panel for each setting in which `sequential` was measured.
+
+    Lines are means, bands go from the lowest to the highest seed. -> matplotlib's figure
+    """
+    import matplotlib.pyplot as plt  # not needed for the tables
+
     looks = {"ham": "C0o-", "sequential": "C1s--", "average": "C2v-.", "frozen": "C3^:"}
-    looks |= {m: f"C{i}.-" for i, m in enumerate(OTHERS) if m not in METHODS}
-    titles = {name: label for label, name in SETTINGS.items()}
-    for ax, name in zip(axes, names):
+    looks |= {m: f"C{i}-" for i, m in enumerate(OTHERS) if m not in METHODS}
+    shown = {k: n for k, n in SETTINGS.items() if "sequential" in measured(TABLES[n], results)}
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    size = {"figsize": (4.6 * columns, 3.4 * rows), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax, (title, name) in zip(axes.flat, shown.items()):
         for label, run in measured(TABLES[name], results).items():
             curves = [[t["accuracy"] for t in r["tasks"]] for r in load(run, results)]
             if label == "joint":  # one task: a line at its height
                 ax.axhline(curves[0][0], color="#999999", lw=1, label="joint")
                 continue
             steps, mean = range(1, len(curves[0]) + 1), [statistics.mean(x) for x in zip(*curves)]
-            (line,) = ax.plot(steps, mean, looks[label], ms=4, label=label)
+            width = 1.5 if label in METHODS else 0.8
+            (line,) = ax.plot(steps, mean, looks[label], ms=4, lw=width, label=label)
             low, high = [min(x) for x in zip(*curves)], [max(x) for x in zip(*curves)]
             ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
-        ax.set(title=titles[name], xlabel="after task", ylabel="accuracy, all classes seen (%)")
+        ax.set(title=title, xlabel="after task", ylabel="accuracy, all classes seen (%)")
         ax.locator_params("x", integer=True)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, fontsize=8, ncols=2)
+    return fig
 
 
 def draw(file, results=ROOT / "results"):
-    """The figure of accuracy against tasks, of all settings in which `sequential` was measured."""
-    import matplotlib  # not needed for the tables
+    """Write the figure, without a screen."""
+    import matplotlib
 
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    names = [n for n in SETTINGS.values() if "sequential" in measured(TABLES[n], results)]
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    size = {"figsize": (4.6 * columns, 3.4 * rows), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
-    for ax in axes.flat[len(names) :]:
-        ax.axis("off")
-    figure(axes.flat, names, results)
-    fig.savefig(file, dpi=80, metadata={"Software": None})
-    plt.close(fig)
+    figure(results).savefig(file, dpi=80, metadata={"Software": None})
 
 
 def main():
