@@ -235,28 +235,32 @@ def screening(results=ROOT / "results"):
 def advantage(results=ROOT / "results"):
     """HAM's final accuracy less sequential's for each T on CIFAR-100, over the seeds both have.
 
-    -> dict T: (points, standard error or None, number of seeds)
+    -> dict T: (points, standard error or None, dict seed: points)
     """
     gaps = {}
     for name in ("cifar100-T5", "cifar100-T10", "cifar100", "cifar100-T50"):
         pair = measured({m: TABLES[name][m] for m in ("ham", "sequential")}, results)
         if len(pair) == 2:
             ham, other = (load(run, results) for run in pair.values())
-            seeds = {r["config"]["seed"] for r in ham} & {r["config"]["seed"] for r in other}
-            gaps[ham[0]["config"]["tasks"]] = (*paired(ham, other), len(seeds))
+            both = {r["config"]["seed"] for r in ham} & {r["config"]["seed"] for r in other}
+            alone = {s: paired([r for r in ham if r["config"]["seed"] == s], other)[0] for s in both}
+            gaps[ham[0]["config"]["tasks"]] = (*paired(ham, other), alone)
     return gaps
 
 
 def growth(results=ROOT / "results"):
-    """One sentence: does the advantage grow with the number of tasks?"""
+    """Does the advantage grow with the number of tasks? Over all seeds, and on the first alone."""
+    gaps = advantage(results)
     points = [
         f"{gap:.1f} with {t} (one seed)"
-        if n == 1
-        else f"{gap:.1f} ± {error:.1f} with {t} ({n} seeds)"
-        for t, (gap, error, n) in advantage(results).items()
+        if len(alone) == 1
+        else f"{gap:.1f} ± {error:.1f} with {t} ({len(alone)} seeds)"
+        for t, (gap, error, alone) in gaps.items()
     ]
     what = "HAM's points above `sequential` by the number of tasks, CIFAR-100, 50 per class"
-    return f"{what} (± standard error): {', '.join(points)}."
+    first = min(set.intersection(*(set(alone) for *_, alone in gaps.values())))
+    one = ", ".join(f"{alone[first]:.1f}" for *_, alone in gaps.values())
+    return f"{what} (± standard error): {', '.join(points)}. On seed {first} alone: {one}."
 
 
 def settings(results=ROOT / "results"):
