@@ -143,7 +143,7 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# ham, sequential: from earlier held-out trials, to be repeated (results/README.md); others: HAM's.
+# ham, sequential: the best on held-out images (results/README.md); average, joint: HAM's.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-3, "joint": 1e-3}
 LEARNING_RATE["sequential", "cub200"] = 1e-4
 LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
