@@ -243,7 +243,9 @@ def advantage(results=ROOT / "results"):
         if len(pair) == 2:
             ham, other = (load(run, results) for run in pair.values())
             both = {r["config"]["seed"] for r in ham} & {r["config"]["seed"] for r in other}
-            alone = {s: paired([r for r in ham if r["config"]["seed"] == s], other)[0] for s in both}
+            alone = {
+                s: paired([r for r in ham if r["config"]["seed"] == s], other)[0] for s in both
+            }
             gaps[ham[0]["config"]["tasks"]] = (*paired(ham, other), alone)
     return gaps
 
