@@ -274,11 +274,14 @@ def settings(results=ROOT / "results"):
             nothing.append(name)
             continue
         run = load(next(iter(there.values())), results)[0]
-        c, versions = run["config"], run["versions"]
+        c, every = run["config"], [r for name in there.values() for r in load(name, results)]
+        torch, timm = (
+            " and ".join(sorted({r["versions"][k] for r in every})) for k in ("torch", "timm")
+        )
         text.append(
             f"**{name}**: {c['model']}, {c['img_size']} px, {c['images_per_class'] or 'all'} training "
             f"images per class, {sum(run['test_images_per_task']):,} test images, {c['tasks']} tasks, "
-            f"{c['epochs']} epochs, {run['hardware']}, torch {versions['torch']}, timm {versions['timm']}."
+            f"{c['epochs']} epochs, {run['hardware']}, torch {torch}, timm {timm}."
         )
         text.append(table(there, results))
         missing = [label for label in rows if label not in there]
