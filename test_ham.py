@@ -830,7 +830,8 @@ def test_figure_is_drawn_from_results(tmp_path):
 
 def test_every_run_of_the_tables_can_be_repeated():
     """run_all's flags parse, and a committed run of a table is one of run_all's, same settings."""
-    rows = {run for table in tables.TABLES.values() for run in table.values()}
+    every = (*tables.TABLES.values(), *tables.SPEED.values())
+    rows = {run for table in every for run in table.values()}
     assert rows == {re.sub(r"-s\d+$", "", name) for name in run_all.RUNS}
     for name, flags in run_all.RUNS.items():
         kind = ham.Config if run_all.program(flags) == ["ham.py"] else baselines.Config

@@ -20,40 +20,55 @@ ROOT = Path(__file__).parent.parent
 SEEDS = (1993, 1994, 1995)
 
 RUNS = {}  # name (the folder below results/): flags
+MODEL = "--model deit_tiny_patch16_224.fb_in1k"
 
 
-def add(data, tasks, methods, flags, name="", seeds=SEEDS, out=""):
-    """Add a run per seed and method. name: ham.py's --name; out: a folder below results/."""
-    model = "--model deit_tiny_patch16_224.fb_in1k --img-size 160"
+def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160):
+    """Add a run per seed and method. name: ham.py's --name"""
     for seed, method in ((seed, method) for seed in seeds for method in methods.split()):
         t = 1 if method == "joint" else tasks
         run = "-".join(filter(None, [data, f"T{t}", method, name, f"s{seed}"]))
-        RUNS[out + run] = f"{model} --dataset {data} --tasks {t} --method {method} --seed {seed} "
-        RUNS[out + run] += f"--out results/{out} {flags}" + (f" --name {name}" if name else "")
+        RUNS[run] = f"{MODEL} --img-size {px} --dataset {data} --tasks {t} --method {method} "
+        RUNS[run] += f"--seed {seed} --out results {flags}" + (f" --name {name}" if name else "")
 
 
-# 1. CIFAR-100, test images. Where a control has one seed it is 1993.
+ONE = SEEDS[:1]  # where a method has one seed it is 1993
+FIXED = "average frozen joint"
+OTHERS = "treelora safm sd_lora o_lora ewc"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
-for tasks in (20, 50):
+
+# 1. CIFAR-100, 50 training images per class
+for tasks in (20, 50, 10, 5):
     add("cifar100", tasks, "ham sequential", I50, "i50")
-    add("cifar100", tasks, "average frozen joint", I50, "i50", SEEDS[:1])
-add("cifar100", 20, "ham sequential", I250, "i250")
-add("cifar100", 20, "average frozen joint", I250, "i250", SEEDS[:1])
+    add("cifar100", tasks, FIXED, I50, "i50", ONE)
+add("cifar100", 20, OTHERS, I50, "i50")
+add("cifar100", 50, "o_lora ewc", I50, "i50")
+add("cifar100", 50, "treelora safm sd_lora", I50, "i50", ONE)
+add("cifar100", 10, OTHERS, I50, "i50", ONE)
 
-# 3. CUB-200, all images
-add("cub200", 10, "ham sequential", "")
-add("cub200", 10, "average frozen joint", "", seeds=SEEDS[:1])
-add("cub200", 20, "ham sequential average frozen", "", seeds=SEEDS[:1])
+# 2. CUB-200, all images
+add("cub200", 10, "ham sequential treelora safm o_lora ewc")
+add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE)
+add("cub200", 20, "ham sequential average frozen", seeds=ONE)
 
-# 2. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses
+# 3. CIFAR-100, many images
+add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250")
+add("cifar100", 20, f"{FIXED} sd_lora", I250, "i250", ONE)
+add("cifar100", 50, "ham sequential", I250, "i250", ONE)
+add("cifar100", 20, "ham sequential frozen", "", "160px", ONE)
+add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224)
+
+# 4. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses
 PARTS = {
     "one-group": "--g-max 1",
     "one-group-gain5": "--g-max 1 --gain 5",
     "random": "--grouping random",
     "each-its-own": "--tau 1 --g-max 20",
     "sum": "--merge sum",
+    "mean": "--merge mean",
     "rho1": "--rho 1",
+    "rho0.5": "--rho 0.5",
     "rho0.3": "--rho 0.3",
     "no-alpha": "--no-train-alpha",
     "gmax2": "--g-max 2",
@@ -65,20 +80,10 @@ SUPER = f"{I50} --class-order extras/cifar100_superclasses.txt"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
-# 4. All 50,000 images; and few tasks
-add("cifar100", 20, "ham sequential frozen", "", "160px", SEEDS[:1])
-for tasks in (10, 5):
-    add("cifar100", tasks, "ham sequential average frozen", I50, "i50", SEEDS[:1])
-
-
-# 6. Other methods
-OTHERS = "treelora safm sd_lora o_lora ewc"
-for data, tasks, flags, name in (("cifar100", 20, I50, "i50"), ("cub200", 10, "", "")):
-    add(data, tasks, "treelora safm", flags, name)
-    add(data, tasks, "sd_lora o_lora ewc", flags, name, SEEDS[:1])
-add("cifar100", 50, "o_lora ewc", I50, "i50")
-add("cifar100", 50, "treelora safm sd_lora", I50, "i50", SEEDS[:1])
-add("cifar100", 10, OTHERS, I50, "i50", SEEDS[:1])
+# 5. Seconds: not beside other runs, python -m extras.run_all --only speed
+SPEED = "--images-per-class 50 --test-images-per-class 10"
+add("cifar100", 20, f"ham sequential {FIXED} {OTHERS}", SPEED, "speed", ONE)
+add("cifar100", 50, "ham sequential o_lora", SPEED, "speed", ONE)
 
 
 def program(flags):

@@ -36,12 +36,14 @@ PART = "cifar100-T20-ham-i50"
 TABLES = {
     "cifar100": methods("cifar100", 20, "i50", OTHERS),
     "cifar100-T50": methods("cifar100", 50, "i50", OTHERS),
-    "cifar100-i250": methods("cifar100", 20, "i250"),
+    "cifar100-i250": methods("cifar100", 20, "i250", (*METHODS, "sd_lora", "o_lora", "ewc")),
+    "cifar100-i250-T50": methods("cifar100", 50, "i250", ("ham", "sequential", "joint")),
     "cub200": methods("cub200", 10, "", OTHERS),
     "cub200-T20": methods("cub200", 20),
     "cifar100-T10": methods("cifar100", 10, "i50", OTHERS),
     "cifar100-T5": methods("cifar100", 5, "i50"),
     "cifar100-all": methods("cifar100", 20, "160px", ("ham", "sequential", "frozen")),
+    "cifar100-224px": methods("cifar100", 20, "224px", ("ham", "sequential", "frozen", "joint")),
     "parts": {
         "HAM": PART,
         "one group": f"{PART}-one-group",
@@ -49,7 +51,9 @@ TABLES = {
         "random group": f"{PART}-random",
         "one group per task": f"{PART}-each-its-own",
         "sum, literal": f"{PART}-sum",
+        "mean of what was added": f"{PART}-mean",
         "no pruning": f"{PART}-rho1",
+        "ρ = 0.5": f"{PART}-rho0.5",
         "ρ = 0.3": f"{PART}-rho0.3",
         "α = 1, fixed": f"{PART}-no-alpha",
         "G_max = 2": f"{PART}-gmax2",
@@ -64,9 +68,16 @@ SETTINGS = {
     "CIFAR-100, 50 per class, T = 20": "cifar100",
     "CIFAR-100, 50 per class, T = 50": "cifar100-T50",
     "CIFAR-100, 250 per class, T = 20": "cifar100-i250",
+    "CIFAR-100, 250 per class, T = 50": "cifar100-i250-T50",
     "CIFAR-100, all images, T = 20": "cifar100-all",
+    "CIFAR-100, all images, 224 px, T = 20": "cifar100-224px",
     "CUB-200, T = 10": "cub200",
     "CUB-200, T = 20": "cub200-T20",
+}
+# Runs that had a machine to themselves: the only ones whose seconds are shown.
+SPEED = {
+    "cifar100": methods("cifar100", 20, "speed", OTHERS),
+    "cifar100-T50": methods("cifar100", 50, "speed", ("ham", "sequential", "o_lora")),
 }
 
 
@@ -111,16 +122,21 @@ def markdown(head, lines):
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
 
 
+def stored(runs):
+    """Parameters kept for the next task and for inference, in thousands; mean over seeds."""
+    return f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k"
+
+
 def table(rows, results=ROOT / "results"):
-    """Markdown table of accuracies (per cent), parameters stored and seconds. rows: label -> run"""
+    """Markdown table of accuracies (per cent) and parameters stored. rows: label -> run"""
     lines = []
     for label, run in rows.items():
         runs = load(run, results)
         cells = [cell([r[key] for r in runs]) for key in COLUMNS.values()]
-        cells.append(f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k")
-        cells.append(f"{statistics.mean(r['seconds']['train'] for r in runs):.0f}")
-        lines.append([label, *cells, ", ".join(str(r["config"]["seed"]) for r in runs)])
-    return markdown(["", *COLUMNS, "stored", "train s", "seeds"], lines)
+        lines.append(
+            [label, *cells, stored(runs), ", ".join(str(r["config"]["seed"]) for r in runs)]
+        )
+    return markdown(["", *COLUMNS, "stored", "seeds"], lines)
 
 
 def claims(results=ROOT / "results"):
@@ -161,7 +177,8 @@ def claims(results=ROOT / "results"):
 def others(results=ROOT / "results"):
     """HAM, `sequential` and the methods of extras/baselines.py: a line each, where one is measured.
 
-    The difference to HAM is of the seeds both have, ± its standard error where these are several.
+    The difference to HAM is of the seeds both have, ± its standard error where these are several;
+    seconds are those of the run of SPEED.
     """
     lines = []
     for label, name in SETTINGS.items():
@@ -174,35 +191,26 @@ def others(results=ROOT / "results"):
             keys = "final_accuracy", "forgetting", "task_known_accuracy"
             cells = [cell([r[k] for r in runs]) for k in keys]
             cells.insert(1, "" if method == "ham" else ahead(ham, runs))
-            seconds = cell([r["seconds"]["train"] for r in runs], 0)
-            stored = f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k"
-            lines.append([label, method, *cells, seconds, stored, str(len(runs))])
+            alone = measured({0: SPEED.get(name, {}).get(method, "none")}, results)
+            seconds = [r["seconds"]["train"] for x in alone.values() for r in load(x, results)]
+            lines.append([label, method, *cells, cell(seconds, 0), stored(runs), str(len(runs))])
     head = ["", "method", "final accuracy", "ham − it", "forgetting", "task known", "training s"]
     return markdown([*head, "stored", "seeds"], lines)
 
 
 def efficiency(results=ROOT / "results"):
-    """What each method costs: seconds, images per second, parameters, memory; mean over seeds."""
-    lines, shown = [], set()
-    for label, name in SETTINGS.items():
-        for method, run in measured(TABLES[name], results).items():
-            if run in shown:  # joint's one task is that of several settings
-                continue
-            shown.add(run)
+    """What each method costs: seconds, images per second, parameters, memory (SPEED)."""
+    lines = []
+    for rows in SPEED.values():
+        for method, run in measured(rows, results).items():
             runs = load(run, results)
-            speed = [[r["images_per_second"][k] for r in runs] for k in ("training", "inference")]
-            lines.append(
-                [
-                    label,
-                    method,
-                    cell([r["seconds"]["train"] for r in runs], 0),
-                    cell([r["seconds"]["merge"] for r in runs]),
-                    *(cell(s, 0) for s in speed),
-                    f"{runs[0]['parameters_trained'] / 1e3:,.0f} k",
-                    f"{statistics.mean(r['parameters_stored'] for r in runs) / 1e3:,.0f} k",
-                    cell([r["peak_memory_bytes"] / 2**30 for r in runs]),
-                ]
-            )
+            cells = [cell([r["seconds"]["train"] for r in runs], 0)]
+            cells += [cell([r["seconds"]["merge"] for r in runs])]
+            for what in ("training", "inference"):
+                cells.append(cell([r["images_per_second"][what] for r in runs], 0))
+            cells += [f"{runs[0]['parameters_trained'] / 1e3:,.0f} k", stored(runs)]
+            cells += [cell([r["peak_memory_bytes"] / 2**30 for r in runs])]
+            lines.append([f"T = {runs[0]['config']['tasks']}", method, *cells])
     head = ["", "method", "training s", "grouping and merging s", "training images/s"]
     head += ["inference images/s", "trained per task", "stored", "peak memory GiB"]
     return markdown(head, lines)
@@ -224,11 +232,11 @@ def screening(results=ROOT / "results"):
         what = ", ".join([s["method"], *what, *filter(None, [r.get("code_change")])])
         figures = [r["class-mean"][0], r["class-mean"][1], r["head"][1], r["oracle"]]
         learnt = f"{r['tasks_learnt'] // 2}, {r['tasks_learnt']}"
+        budget += ", GPU" if "NVIDIA" in r.get("hardware", "") else ""
         sizes = " ".join(map(str, r["group_sizes"] or [])) or "–"
-        seconds = cell([r["seconds"]["train"]], 0) if "seconds" in r else "–"
-        lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes, seconds])
+        lines.append([budget, what, learnt, *(cell([x]) for x in figures), sizes])
     head = ["data, T, images per class, batch", "settings", "after tasks", "half-way", "end"]
-    head += ["end, by the head", "oracle means", "group sizes", "train s"]
+    head += ["end, by the head", "oracle means", "group sizes"]
     return markdown(head, lines)
 
 
@@ -286,7 +294,7 @@ def settings(results=ROOT / "results"):
         text.append(table(there, results))
         missing = [label for label in rows if label not in there]
         text += [f"Not measured: {', '.join(missing)}."] if missing else []
-    nothing += ["ImageNet-R", "Tiny-ImageNet", "ViT-B/16", "a GPU"]
+    nothing += ["ImageNet-R", "Tiny-ImageNet", "ViT-B/16"]
     return "\n\n".join([*text, f"**Not measured at all**: {', '.join(nothing)}."])
 
 
