@@ -80,11 +80,6 @@ SUPER = f"{I50} --class-order extras/cifar100_superclasses.txt"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
-# 5. Seconds: not beside other runs, python -m extras.run_all --only speed
-SPEED = "--images-per-class 50 --test-images-per-class 10"
-add("cifar100", 20, f"ham sequential {FIXED} {OTHERS}", SPEED, "speed", ONE)
-add("cifar100", 50, "ham sequential o_lora", SPEED, "speed", ONE)
-
 
 def program(flags):
     """ham.py, or extras/baselines.py for the methods that are there."""

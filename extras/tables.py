@@ -74,11 +74,6 @@ SETTINGS = {
     "CUB-200, T = 10": "cub200",
     "CUB-200, T = 20": "cub200-T20",
 }
-# Runs that had a machine to themselves: the only ones whose seconds are shown.
-SPEED = {
-    "cifar100": methods("cifar100", 20, "speed", OTHERS),
-    "cifar100-T50": methods("cifar100", 50, "speed", ("ham", "sequential", "o_lora")),
-}
 
 
 def load(run, results=ROOT / "results"):
@@ -177,8 +172,7 @@ def claims(results=ROOT / "results"):
 def others(results=ROOT / "results"):
     """HAM, `sequential` and the methods of extras/baselines.py: a line each, where one is measured.
 
-    The difference to HAM is of the seeds both have, ± its standard error where these are several;
-    seconds are those of the run of SPEED.
+    The difference to HAM is of the seeds both have, ± its standard error where these are several.
     """
     lines = []
     for label, name in SETTINGS.items():
@@ -191,43 +185,119 @@ def others(results=ROOT / "results"):
             keys = "final_accuracy", "forgetting", "task_known_accuracy"
             cells = [cell([r[k] for r in runs]) for k in keys]
             cells.insert(1, "" if method == "ham" else ahead(ham, runs))
-            alone = measured({0: SPEED.get(name, {}).get(method, "none")}, results)
-            seconds = [r["seconds"]["train"] for x in alone.values() for r in load(x, results)]
-            lines.append([label, method, *cells, cell(seconds, 0), stored(runs), str(len(runs))])
+            cells.append(cell([r["seconds"]["train"] for r in runs], 0))
+            lines.append([label, method, *cells, stored(runs), str(len(runs))])
     head = ["", "method", "final accuracy", "ham − it", "forgetting", "task known", "training s"]
     return markdown([*head, "stored", "seeds"], lines)
 
 
-def efficiency(results=ROOT / "results"):
-    """What each method costs: seconds, images per second, parameters, memory (SPEED)."""
+def compared(results=ROOT / "results"):
+    """In words: which methods HAM is level with (less than a point), above and below."""
     lines = []
-    for rows in SPEED.values():
-        for method, run in measured(rows, results).items():
+    for label, name in SETTINGS.items():
+        there = measured({m: TABLES[name].get(m, "none") for m in OTHERS[len(METHODS) :]}, results)
+        if not there:
+            continue
+        ham, parts = (
+            load(TABLES[name]["ham"], results),
+            {"level with": [], "above": [], "below": []},
+        )
+        for method, run in there.items():
+            gap = paired(ham, load(run, results))[0]
+            where = "level with" if abs(gap) < 1 else "above" if gap > 0 else "below"
+            parts[where].append(method)
+        words = [f"{where} {', '.join(found)}" for where, found in parts.items() if found]
+        lines.append(f"- {label}: HAM is {'; '.join(words)}.")
+    return "\n".join(lines)
+
+
+def efficiency(results=ROOT / "results"):
+    """What each method costs: seconds, images per second, parameters, memory; mean over seeds."""
+    lines, shown = [], set()
+    for label, name in SETTINGS.items():
+        for method, run in measured(TABLES[name], results).items():
+            if run in shown:  # joint's one task is that of several settings
+                continue
+            shown.add(run)
             runs = load(run, results)
-            cells = [cell([r["seconds"]["train"] for r in runs], 0)]
-            cells += [cell([r["seconds"]["merge"] for r in runs])]
-            for what in ("training", "inference"):
-                cells.append(cell([r["images_per_second"][what] for r in runs], 0))
-            cells += [f"{runs[0]['parameters_trained'] / 1e3:,.0f} k", stored(runs)]
-            cells += [cell([r["peak_memory_bytes"] / 2**30 for r in runs])]
-            lines.append([f"T = {runs[0]['config']['tasks']}", method, *cells])
+            speed = [[r["images_per_second"][k] for r in runs] for k in ("training", "inference")]
+            lines.append(
+                [
+                    label,
+                    method,
+                    cell([r["seconds"]["train"] for r in runs], 0),
+                    cell([r["seconds"]["merge"] for r in runs]),
+                    *(cell(s, 0) for s in speed),
+                    f"{runs[0]['parameters_trained'] / 1e3:,.0f} k",
+                    stored(runs),
+                    cell([r["peak_memory_bytes"] / 2**30 for r in runs]),
+                ]
+            )
     head = ["", "method", "training s", "grouping and merging s", "training images/s"]
     head += ["inference images/s", "trained per task", "stored", "peak memory GiB"]
     return markdown(head, lines)
 
 
+BUDGET = ("dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size")
+
+
+def screened(results=ROOT / "results"):
+    """Every run of extras/screen.py, in the order they were made."""
+    file = Path(results) / "validate" / "screening.jsonl"
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def held_out(results=ROOT / "results"):
+    """Methods side by side: held-out images, one GPU that 16 runs shared, each at its best rate.
+
+    -> dict budget: dict method: (rate, number of rates tried, runs at that rate), plain settings only
+    """
+    found = {}
+    for r in screened(results):
+        plain = set(r["settings"]) <= {*BUDGET, "method", "lr", "seed"} and "code_change" not in r
+        if plain and "NVIDIA" in r.get("hardware", ""):
+            c = r["config"]
+            budget = c["dataset"], c["tasks"], c["images_per_class"]
+            r["final_accuracy"] = r["class-mean"][1]
+            rates = found.setdefault(budget, {}).setdefault(c["method"], {})
+            rates.setdefault(c["lr"], []).append(r)
+    for of in found.values():
+        for method, rates in of.items():
+
+            def worth(lr, rates=rates):
+                return len(rates[lr]), statistics.mean(r["final_accuracy"] for r in rates[lr])
+
+            best = max(rates, key=worth)  # of the rates with the most seeds
+            of[method] = best, len(rates), rates[best]
+    return {budget: of for budget, of in sorted(found.items(), key=str) if "ham" in of}  # not joint
+
+
+def side_by_side(results=ROOT / "results"):
+    """The table of `held_out`. Seconds are of training, comparable within a budget."""
+    lines = []
+    for (data, tasks, n), of in held_out(results).items():
+        for method in (m for m in OTHERS if m in of):
+            lr, tried, runs = of[method]
+            end = [r["final_accuracy"] for r in runs]
+            gap = "" if method == "ham" else ahead(of["ham"][2], runs)
+            oracle = cell([r["oracle"] for r in runs])
+            seconds = cell([r["seconds"]["train"] for r in runs], 0)
+            cells = [f"{lr:g} (of {tried})", cell(end), gap, oracle, seconds, str(len(runs))]
+            lines.append([f"{data}, {tasks}, {n or 'all'}", method, *cells])
+    head = ["data, T, images per class", "method", "rate (of those tried)", "end", "ham − it"]
+    return markdown([*head, "oracle means", "training s", "seeds"], lines)
+
+
 def screening(results=ROOT / "results"):
     """What was tried on held-out images (extras/screen.py), in the order it was tried."""
-    common = ("dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size")
     lines = []
-    for line in (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines():
-        r = json.loads(line)
+    for r in screened(results):
         s = {"batch_size": 32, "images_per_class": "all", "method": "ham"} | r["settings"]
         budget = f"{s['dataset']}, {s['tasks']}, {s['images_per_class']}, {s.pop('batch_size')}"
         what = [
             f"{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in s.items()
-            if k not in (*common, "method")
+            if k not in (*BUDGET, "method")
         ]
         what = ", ".join([s["method"], *what, *filter(None, [r.get("code_change")])])
         figures = [r["class-mean"][0], r["class-mean"][1], r["head"][1], r["oracle"]]
@@ -300,8 +370,8 @@ def settings(results=ROOT / "results"):
 
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    makers = {"claims": claims, "growth": growth, "others": others, "settings": settings}
-    return (makers | {"efficiency": efficiency, "screening": screening})[name](results)
+    makers = [claims, growth, others, compared, settings, efficiency, side_by_side, screening]
+    return {maker.__name__: maker for maker in makers}[name](results)
 
 
 def fill(text, results=ROOT / "results"):
