@@ -131,7 +131,9 @@ class Config:
     epochs: int = option(None, "epochs per task (our choice); default 5, demo 10", low=1)
     batch_size: int = option(32, "images per step (our choice)", low=1)
     lr: float = option(
-        None, "of A, B (our choice); default 1e-3; cifar100 with all images 3e-4", low=1e-9
+        None,
+        "of A, B (our choice); default by method, data set and budget: results/README.md",
+        low=1e-9,
     )
     lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (our choice)", low=0)
     lr_head: float = option(1e-2, "learning rate of the head's rows (our choice)", low=0)
@@ -143,11 +145,11 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# The best on held-out images (results/README.md); joint: HAM's. Many steps want lower rates: those
-# of a data set are for all its images, and a method's own for at most FEW per class.
-FEW = 100
+# Among the best on held-out images (results/README.md); joint: HAM's. Many images per class mean many
+# steps, which want lower rates: of a LARGE data set they are used above FEW images per class.
+FEW, LARGE = 100, ("cifar100", "tiny_imagenet")  # 500 images per class
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
-for large in ("cifar100", "tiny_imagenet"):  # 500 images per class; average: not searched for there
+for large in LARGE:  # average: not searched for there
     LEARNING_RATE |= {("ham", large): 3e-4, ("sequential", large): 1e-4, ("average", large): 3e-3}
 LEARNING_RATE |= {("sequential", "cub200"): 1e-4, ("average", "cub200"): 3e-3}
 LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
@@ -170,8 +172,8 @@ def resolve(config: Config) -> Config:
     whole = c["dataset"] in ("demo", "cifar100")  # a crop would cut off what little there is
     c["crop_pct"] = c["crop_pct"] or (1.0 if whole else cfg["crop_pct"])
     c["epochs"] = c["epochs"] or (10 if drawn else 5)
-    many = (c["images_per_class"] or math.inf) > FEW
-    own = LEARNING_RATE.get((method, c["dataset"])) if many else None
+    few = c["dataset"] in LARGE and (c["images_per_class"] or math.inf) <= FEW
+    own = None if few else LEARNING_RATE.get((method, c["dataset"]))
     c["lr"] = c["lr"] or own or LEARNING_RATE.get(method)
     if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
         c |= dict.fromkeys(GROUPING) | {"train_alpha": False}

@@ -30,10 +30,10 @@ from ham import factors
 
 # λ; of safm, ewc: our choice; treelora's is the paper's, of a distance that we rescale.
 PENALTY = {"treelora": 0.1, "safm": 1.0, "sd_lora": None, "o_lora": 0.5, "ewc": 1e4}
-# The best of three or more on held-out images (results/README.md): CIFAR-100, T = 20, few images per
+# The best of those tried on held-out images (results/README.md): CIFAR-100, T = 20, few images per
 # class, then many; CUB-200, T = 10. Not searched for: TreeLoRA and SAFM with many, the demo.
 ham.LEARNING_RATE |= dict.fromkeys(PENALTY, 1e-3) | {"ewc": 3e-3}
-for large in ("cifar100", "tiny_imagenet"):
+for large in ham.LARGE:
     ham.LEARNING_RATE |= {(m, large): 3e-4 for m in ("sd_lora", "o_lora", "ewc")}
     ham.LEARNING_RATE["treelora", large] = ham.LEARNING_RATE["sequential", large]
 for method, rate in {"treelora": 1e-4, "safm": 3e-4, "o_lora": 3e-4, "ewc": 1e-3}.items():

@@ -146,9 +146,10 @@ def claims(results=ROOT / "results"):
         if not {"ham", "sequential"} <= set(runs):
             continue
         ham, final = runs["ham"], {m: [r["final_accuracy"] for r in runs[m]] for m in runs}
-        means = {m: statistics.mean(values) for m, values in final.items()}
-        way = means.get("joint", means["sequential"]) - means["sequential"]
-        way = f"{100 * (means['ham'] - means['sequential']) / way:.0f} %" if way > 0 else "–"
+        joint = runs.get("joint", [])  # the way is that of its seeds
+        way = paired(joint, runs["sequential"])[0] if joint else 0
+        of = [r for r in ham if r["config"]["seed"] in [x["config"]["seed"] for x in joint]]
+        way = f"{100 * paired(of, runs['sequential'])[0] / way:.0f} %" if way > 0 else "–"
         forgot = [
             f"{paired(runs[m], runs['frozen'], 'forgetting')[0]:.1f}" if "frozen" in runs else "–"
             for m in ("ham", "sequential")
@@ -191,8 +192,30 @@ def others(results=ROOT / "results"):
     return markdown([*head, "stored", "seeds"], lines)
 
 
+def rates(results=None):
+    """The learning rates that the code takes where --lr is not given."""
+    import ham  # these want torch, the other tables do not
+    from extras import baselines
+
+    budgets = {
+        "CIFAR-100, more than 100 images per class": ("cifar100", None),
+        "CIFAR-100, at most 100": ("cifar100", 50),
+        "CUB-200": ("cub200", None),
+    }
+    lines = []
+    for method in (m for m in OTHERS if m != "frozen"):
+        kind = {"method": method, "device": "cpu", "precision": "fp32"}
+        budget = [{"dataset": data, "images_per_class": n} for data, n in budgets.values()]
+        made = [baselines.prepare(baselines.Config(**kind, **b))[0] for b in budget]
+        lines.append([method, *(f"{ham.resolve(c).lr:g}" for c in made)])
+    return markdown(["--lr", *budgets], lines)
+
+
 def compared(results=ROOT / "results"):
-    """In words: which methods HAM is level with (less than a point), above and below."""
+    """In words: which methods HAM is level with, above and below.
+
+    Level: less than a point apart, less than two where there is one seed.
+    """
     lines = []
     for label, name in SETTINGS.items():
         there = measured({m: TABLES[name].get(m, "none") for m in OTHERS[len(METHODS) :]}, results)
@@ -203,8 +226,9 @@ def compared(results=ROOT / "results"):
             {"level with": [], "above": [], "below": []},
         )
         for method, run in there.items():
-            gap = paired(ham, load(run, results))[0]
-            where = "level with" if abs(gap) < 1 else "above" if gap > 0 else "below"
+            gap, error = paired(ham, load(run, results))
+            level = abs(gap) < (2 if error is None else 1)
+            where = "level with" if level else "above" if gap > 0 else "below"
             parts[where].append(method)
         words = [f"{where} {', '.join(found)}" for where, found in parts.items() if found]
         lines.append(f"- {label}: HAM is {'; '.join(words)}.")
@@ -370,7 +394,17 @@ def settings(results=ROOT / "results"):
 
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    makers = [claims, growth, others, compared, settings, efficiency, side_by_side, screening]
+    makers = [
+        claims,
+        growth,
+        others,
+        compared,
+        rates,
+        settings,
+        efficiency,
+        side_by_side,
+        screening,
+    ]
     return {maker.__name__: maker for maker in makers}[name](results)
 
 
