@@ -145,11 +145,11 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# Among the best on held-out images (results/README.md); joint: HAM's. Many images per class mean many
-# steps, which want lower rates: of a LARGE data set they are used above FEW images per class.
+# Among the best on held-out images (results/README.md); joint: HAM's. Many images per class mean
+# many steps, which want lower rates: a LARGE data set has its own above FEW images per class.
 FEW, LARGE = 100, ("cifar100", "tiny_imagenet")  # 500 images per class
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
-for large in LARGE:  # average: not searched for there
+for large in LARGE:
     LEARNING_RATE |= {("ham", large): 3e-4, ("sequential", large): 1e-4, ("average", large): 3e-3}
 LEARNING_RATE |= {("sequential", "cub200"): 1e-4, ("average", "cub200"): 3e-3}
 LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
