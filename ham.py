@@ -145,8 +145,8 @@ class Config:
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
 
 
-# Among the best on held-out images (results/README.md); joint: HAM's. Many images per class mean
-# many steps, which want lower rates: a LARGE data set has its own above FEW images per class.
+# Among the best on held-out images (results/README.md); joint: HAM's for few. Many images a class
+# mean many steps, which want lower rates: a LARGE data set has its own above FEW per class.
 FEW, LARGE = 100, ("cifar100", "tiny_imagenet")  # 500 images per class
 LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
 for large in LARGE:

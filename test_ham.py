@@ -802,12 +802,24 @@ def test_readme_says_where_ham_is_best_and_where_it_forgets():
             learns_more += [name] * (tables.paired(*pair, "learning_accuracy")[0] > 0)
     assert below == [("cifar100-T5", "sequential")]
     assert not_less == learns_more == ["cifar100-T5", "cub200"]
+    long = [tables.TABLES[name] for name in ("cifar100-T10", "cifar100", "cifar100-T50", "cub200")]
+    gaps = [tables.paired(*(tables.load(t[m]) for m in ("ham", "sequential")))[0] for t in long]
+    assert 2 <= min(gaps) and max(gaps) < 4.5 and "HAM is 2 to 4 points above one LoRA" in readme
     other = tables.measured({m: tables.TABLES["cub200"][m] for m in baselines.METHODS})
     drops = [tables.paired(bird[0], tables.load(r), "forgetting")[0] for r in other.values()]
     assert sum(x > 0 for x in drops) > len(drops) / 2  # "more than ... most of the other methods"
     assert (
         tables.paired(*bird[:2], "forgetting")[0] > 0 and "most of the other methods do" in readme
     )
+
+
+def test_default_rates_fall_with_many_images_of_a_large_data_set_only():
+    def lr(data, n=None, method="ham"):
+        return ham.resolve(ham.Config(dataset=data, images_per_class=n, method=method)).lr
+
+    assert lr("cifar100") == lr("cifar100", 101) == 3e-4 and lr("cifar100", 100) == 1e-3
+    assert lr("cub200", 5, "sequential") == lr("cub200", None, "sequential") == 1e-4
+    assert ham.resolve(ham.Config(dataset="cifar100", lr=0.5)).lr == 0.5
 
 
 def test_readme_says_whether_the_advantage_grows():

@@ -387,10 +387,10 @@ class OLoRA(SDLoRA):
         return p
 
     def penalty(self, p, loss):
-        overlap = 0.0
-        for name, (_, a) in p.adapter.items() if self.groups else ():
-            taken = torch.cat([g.delta_w[name][1] for g in self.groups])  # the rows of all A_k
-            overlap = overlap + (taken @ a.T).square().sum()
+        if not self.groups:
+            return 0.0
+        taken = {n: torch.cat([g.delta_w[n][1] for g in self.groups]) for n in p.adapter}  # all A_k
+        overlap = sum((taken[n] @ a.T).square().sum() for n, (_, a) in p.adapter.items())
         return self.config.penalty * overlap
 
 

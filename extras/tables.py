@@ -192,8 +192,8 @@ def others(results=ROOT / "results"):
     return markdown([*head, "stored", "seeds"], lines)
 
 
-def rates(results=None):
-    """The learning rates that the code takes where --lr is not given."""
+def rates(_=None):
+    """The learning rates that the code takes where --lr is not given; no result is read."""
     import ham  # these want torch, the other tables do not
     from extras import baselines
 
@@ -221,10 +221,8 @@ def compared(results=ROOT / "results"):
         there = measured({m: TABLES[name].get(m, "none") for m in OTHERS[len(METHODS) :]}, results)
         if not there:
             continue
-        ham, parts = (
-            load(TABLES[name]["ham"], results),
-            {"level with": [], "above": [], "below": []},
-        )
+        ham = load(TABLES[name]["ham"], results)
+        parts = {"level with": [], "above": [], "below": []}
         for method, run in there.items():
             gap, error = paired(ham, load(run, results))
             level = abs(gap) < (2 if error is None else 1)
@@ -287,11 +285,12 @@ def held_out(results=ROOT / "results"):
             rates.setdefault(c["lr"], []).append(r)
     for of in found.values():
         for method, rates in of.items():
-
-            def worth(lr, rates=rates):
-                return len(rates[lr]), statistics.mean(r["final_accuracy"] for r in rates[lr])
-
-            best = max(rates, key=worth)  # of the rates with the most seeds
+            # of the rates with the most seeds the best
+            worth = {
+                lr: (len(runs), statistics.mean(r["final_accuracy"] for r in runs))
+                for lr, runs in rates.items()
+            }
+            best = max(worth, key=worth.get)
             of[method] = best, len(rates), rates[best]
     return {budget: of for budget, of in sorted(found.items(), key=str) if "ham" in of}  # not joint
 
@@ -394,17 +393,8 @@ def settings(results=ROOT / "results"):
 
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    makers = [
-        claims,
-        growth,
-        others,
-        compared,
-        rates,
-        settings,
-        efficiency,
-        side_by_side,
-        screening,
-    ]
+    makers = [claims, growth, others, compared, rates, settings, efficiency, side_by_side]
+    makers += [screening]
     return {maker.__name__: maker for maker in makers}[name](results)
 
 
