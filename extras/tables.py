@@ -5,6 +5,7 @@ python -m extras.tables --check    # exit status 1 if that would change a table
 """
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -123,15 +124,20 @@ def stored(runs):
 
 
 def table(rows, results=ROOT / "results"):
-    """Markdown table of accuracies (per cent) and parameters stored. rows: label -> run"""
-    lines = []
+    """Markdown table of accuracies (per cent) and parameters stored. rows: label -> run
+
+    The difference to HAM is of the seeds both have, ± its standard error.
+    """
+    lines, ham = [], rows.get("ham") or rows.get("HAM")
     for label, run in rows.items():
         runs = load(run, results)
         cells = [cell([r[key] for r in runs]) for key in COLUMNS.values()]
+        cells.insert(1, ahead(load(ham, results), runs) if ham not in (None, run) else "")
         lines.append(
             [label, *cells, stored(runs), ", ".join(str(r["config"]["seed"]) for r in runs)]
         )
-    return markdown(["", *COLUMNS, "stored", "seeds"], lines)
+    final, *more = COLUMNS
+    return markdown(["", final, "ham − it", *more, "stored", "seeds"], lines)
 
 
 def claims(results=ROOT / "results"):
@@ -333,6 +339,50 @@ def screening(results=ROOT / "results"):
     return markdown(head, lines)
 
 
+def parts(results=ROOT / "results"):
+    """HAM's parts, each switched off by itself, and the random group where tasks are superclasses.
+
+    The difference is of the seeds both have, ± its standard error; drift: oracle means − final.
+    """
+    lines = []
+    for name, data in (("parts", "random classes"), ("superclasses", "superclasses")):
+        there = measured(TABLES[name], results)
+        for label, run in there.items():
+            if len(there) > 1:
+                ham, runs = (load(r, results) for r in (there["HAM"], run))
+                drift = [r["class_mean_oracle"] - r["final_accuracy"] for r in runs]
+                cells = [cell([r["final_accuracy"] for r in runs])]
+                cells += ["" if label == "HAM" else ahead(ham, runs)]
+                cells += [cell([r[k] for r in runs]) for k in ("forgetting", "learning_accuracy")]
+                lines.append([data, label, *cells, cell(drift), str(len(runs))])
+    head = ["tasks of", "changed", "final accuracy", "ham − it", "forgetting", "learning", "drift"]
+    return markdown([*head, "seeds"], lines)
+
+
+# animals, plants and landscapes, things: CIFAR-100's superclasses in the order of the file
+KINDS = "aaptpttaatpaaaaaaptt"
+
+
+def related(results=ROOT / "results"):
+    """Where tasks are superclasses: are those in one group of one kind more often than any two?"""
+    listed = (ROOT / "extras" / "cifar100_superclasses.txt").read_text("utf-8").strip()
+    kind = {name: k for k, names in zip(KINDS, listed.split("\n\n")) for name in names.split()}
+    shares = []
+    for label, run in measured(TABLES["superclasses"], results).items():
+        same, together = 0, 0
+        for r in load(run, results):
+            kinds = [kind[name] for name in r["classes"][::5]]  # each task's first class
+            groups = [task["group"] for task in r["tasks"]]
+            for i, j in itertools.combinations(range(len(groups)), 2):
+                together += groups[i] == groups[j]
+                same += groups[i] == groups[j] and kinds[i] == kinds[j]
+        shares.append(f"{label} {100 * same / together:.0f} % of {together} pairs")
+    any_two = list(itertools.combinations(KINDS, 2))
+    chance = 100 * statistics.mean(a == b for a, b in any_two)
+    what = "Tasks of one group that are of one kind (animals; plants and landscapes; things)"
+    return f"{what}: {', '.join(shares)}; of any two tasks {chance:.0f} %."
+
+
 def advantage(results=ROOT / "results"):
     """HAM's final accuracy less sequential's for each T on CIFAR-100, over the seeds both have.
 
@@ -394,7 +444,7 @@ def settings(results=ROOT / "results"):
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
     makers = [claims, growth, others, compared, rates, settings, efficiency, side_by_side]
-    makers += [screening]
+    makers += [screening, parts, related]
     return {maker.__name__: maker for maker in makers}[name](results)
 
 
