@@ -907,6 +907,20 @@ def test_readme_says_how_other_methods_compare():
     assert f"T = 50 {mean['o_lora'] / mean['ham']:.1f} times, before its" in readme
 
 
+def test_readme_says_what_the_parts_do():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    gaps = []
+    for name in ("parts", "superclasses"):
+        by_cosine, drawn = (tables.load(tables.TABLES[name][x]) for x in ("HAM", "random group"))
+        gap, error = tables.paired(by_cosine, drawn)
+        assert abs(gap) < 0.5 > error and len(drawn) == 3  # "no difference", "three seeds each"
+        gaps.append(tables.ahead(by_cosine, drawn))
+    assert "{} with random classes and {} with superclasses".format(*gaps) in readme
+    one, rest = tables.load(tables.TABLES["parts"]["one group"]), tables.load(tables.PART)
+    assert f"and ends {tables.ahead(rest, one)[1:]} lower (one seed)" in readme and len(one) == 1
+    assert all(tables.paired(rest, one, key)[0] > 0 for key in ("forgetting", "learning_accuracy"))
+
+
 def test_readme_says_that_no_similarity_is_above_tau():
     ham_runs = (tables.measured({"ham": tables.TABLES[x]["ham"]}) for x in tables.SETTINGS.values())
     runs = [r for found in ham_runs for run in found.values() for r in tables.load(run)]
