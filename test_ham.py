@@ -918,6 +918,11 @@ def test_readme_says_what_the_parts_do():
     assert "{} with random classes and {} with superclasses".format(*gaps) in readme
     one, rest = tables.load(tables.TABLES["parts"]["one group"]), tables.load(tables.PART)
     assert f"and ends {tables.ahead(rest, one)[1:]} lower (one seed)" in readme and len(one) == 1
+    for words, part in (("literal sums", "sum (literal)"), ("scalars fixed at 1", "α fixed at 1")):
+        run = tables.load(tables.TABLES["parts"][part])
+        gap, seeds = tables.paired(rest, run)[0], len(run)
+        text = f"{words} end {abs(gap):.1f} {'lower' if gap > 0 else 'higher'}"
+        assert text in readme and seeds == 1, text
     assert all(tables.paired(rest, one, key)[0] > 0 for key in ("forgetting", "learning_accuracy"))
 
 
