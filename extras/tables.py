@@ -348,14 +348,14 @@ def parts(results=ROOT / "results"):
     lines = []
     for name, data in (("parts", "random classes"), ("superclasses", "superclasses")):
         there = measured(TABLES[name], results)
+        ham = load(there["HAM"], results)
         for label, run in there.items():
-            if len(there) > 1:
-                ham, runs = (load(r, results) for r in (there["HAM"], run))
-                drift = [r["class_mean_oracle"] - r["final_accuracy"] for r in runs]
-                cells = [cell([r["final_accuracy"] for r in runs])]
-                cells += ["" if label == "HAM" else ahead(ham, runs)]
-                cells += [cell([r[k] for r in runs]) for k in ("forgetting", "learning_accuracy")]
-                lines.append([data, label, *cells, cell(drift), str(len(runs))])
+            runs = load(run, results)
+            drift = [r["class_mean_oracle"] - r["final_accuracy"] for r in runs]
+            cells = [cell([r["final_accuracy"] for r in runs])]
+            cells += ["" if label == "HAM" else ahead(ham, runs)]
+            cells += [cell([r[k] for r in runs]) for k in ("forgetting", "learning_accuracy")]
+            lines.append([data, label, *cells, cell(drift), str(len(runs))])
     head = ["tasks of", "changed", "final accuracy", "ham − it", "forgetting", "learning", "drift"]
     return markdown([*head, "seeds"], lines)
 
