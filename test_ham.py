@@ -810,8 +810,15 @@ def test_readme_says_where_ham_is_best_and_where_it_forgets():
         for name in ("cub200", "cifar100-T5", "cifar100-T10", "cifar100", "cifar100-T50")
     )
     gaps = [tables.paired(*runs[:2])[0] for runs in (*at, bird)]
-    words = "by {:.1f}, {:.1f}, {:.1f} and {:.1f} at T = 5, 10, 20 and 50 and by {:.1f} on CUB-200"
-    assert words.format(*gaps) in readme and {len(runs[1]) for runs in (*at, bird)} == {1}
+    rest = [
+        [tables.load(tables.TABLES[name][m]) for m in ("ham", "average")]
+        for name in ("cifar100-i250", "cub200-T20")
+    ]
+    gaps += [tables.paired(*runs)[0] for runs in rest]
+    words = "by {0:.1f}, {1:.1f}, {2:.1f} and {3:.1f} at T = 5, 10, 20 and 50, by {5:.1f} with 250 "
+    words += "images per class, and by {4:.1f} and {6:.1f} on CUB-200 with 10 and 20 tasks, on"
+    assert words.format(*gaps) in readme
+    assert {len(runs[1]) for runs in (*at, bird, *rest)} == {1}
     assert gaps[1] > gaps[2] > gaps[3] and "and that over `average` shrinks there" in readme
     assert 0.5 < min(gaps) and max(gaps) < 3.5 and "1 to 3 above the mean of adapters" in readme
     assert "forgets less than `sequential` from 10 tasks of CIFAR-100 on, and learns" in readme
@@ -935,7 +942,12 @@ def test_readme_says_what_the_parts_do():
     assert "{} with random classes and {} with superclasses".format(*gaps) in readme
     one, rest = tables.load(tables.TABLES["parts"]["one group"]), tables.load(tables.PART)
     assert f"and ends {tables.ahead(rest, one)[1:]} lower (one seed)" in readme and len(one) == 1
-    for words, part in (("literal sums", "sum (literal)"), ("scalars fixed at 1", "α fixed at 1")):
+    parts = {
+        "literal sums": "sum (literal)",
+        "means of what was added": "mean of what was added",
+        "scalars fixed at 1": "α fixed at 1",
+    }
+    for words, part in parts.items():
         run = tables.load(tables.TABLES["parts"][part])
         gap, seeds = tables.paired(rest, run)[0], len(run)
         text = f"{words} end {abs(gap):.1f} {'lower' if gap > 0 else 'higher'}"
