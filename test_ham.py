@@ -942,9 +942,15 @@ def test_readme_says_what_the_parts_do():
     assert "{} with random classes and {} with superclasses".format(*gaps) in readme
     one, rest = tables.load(tables.TABLES["parts"]["one group"]), tables.load(tables.PART)
     assert f"and ends {tables.ahead(rest, one)[1:]} lower (one seed)" in readme and len(one) == 1
+    far = tables.load(tables.TABLES["parts"]["one group (5 × the mean)"])
+    gap = abs(tables.paired(rest, far)[0])
+    assert (
+        f"five do: a difference of {gap:.1f} (one seed)" in readme and len(far) == 1 and gap < 0.5
+    )
     parts = {
         "literal sums": "sum (literal)",
         "means of what was added": "mean of what was added",
+        "adapters without pruning": "no pruning",
         "scalars fixed at 1": "α fixed at 1",
     }
     for words, part in parts.items():
