@@ -833,8 +833,8 @@ def test_readme_says_where_ham_is_best_and_where_it_forgets():
             not_less += [name] * (less > -(error or 0))
             learnt[name] = tables.paired(*pair, "learning_accuracy")[0]
     assert below == [("cifar100-T5", "sequential")]
-    more = [name for name in learnt if learnt[name] > 0]
-    assert not_less == more == ["cifar100-T5", "cub200", "cub200-T20"]
+    learns_more = [name for name in learnt if learnt[name] > 0]
+    assert not_less == learns_more == ["cifar100-T5", "cub200", "cub200-T20"]
     most, least = (f"{-f(x for x in learnt.values() if x < 0):.1f}" for f in (min, max))
     assert f"and learns {least} to {most} points less." in readme
     long = "cifar100-T10", "cifar100", "cifar100-T50", "cifar100-i250", "cifar100-all"
@@ -861,11 +861,12 @@ def test_readme_says_where_ham_is_best_and_where_it_forgets():
     assert tables.paired(some["ham"], some["frozen"], "forgetting")[0] < 0
     assert "forgets no more than `frozen`" in readme
     ends = [x[m][0]["final_accuracy"] for x in (every, some) for m in ("ham", "sequential")]
-    words = "it ends at {:.1f} and `sequential` at {:.1f}, with 250 images per class at {:.1f} and {:.1f}"
+    words = "it ends at {:.1f} and `sequential` at {:.1f}, with 250 images per class at {:.1f} and "
+    words += "{:.1f} (one seed each"
     assert words.format(*ends) in readme and abs(ends[0] - ends[2]) < 0.5
     assert {len(x[m]) for x in (some, every) for m in x} == {1}  # "one seed each"
     minutes = sum(every["ham"][0]["seconds"].values()) / 60
-    assert 70 < minutes < 75 and "(all images: over 70 minutes on one thread)" in readme
+    assert 70 < minutes < 75 and "takes over 70 minutes on one thread" in readme
 
 
 def test_default_rates_fall_with_many_images_of_a_large_data_set_only():
@@ -916,7 +917,10 @@ def test_readme_says_how_other_methods_compare():
     assert f"with one seed {text[0]} below O-LoRA at T = 50 and {text[1]} below both on" in readme
     pair = [tables.load(tables.TABLES["cub200"][m]) for m in ("ham", "sequential")]
     pair += [found["cub200", 10, None][m][2] for m in ("ham", "sequential")]
-    words = "On CUB-200 with 10 tasks it is {} above `sequential`, but {} on the 600 held-out"
+    words = (
+        "On CUB-200 with 10 tasks it is {} above `sequential`, but {} on the 600 held-out images "
+    )
+    words += "(one seed);"
     assert words.format(tables.ahead(*pair[:2])[1:], tables.ahead(*pair[2:])[1:]) in readme
     assert text[1] == text[2] and f"600 held-out images `average` is {text[3]} above HAM" in readme
 
