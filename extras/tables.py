@@ -62,6 +62,7 @@ TABLES = {
     },
     "superclasses": {"HAM": f"{PART}-super", "random group": f"{PART}-super-random"},
 }
+PARTS = {"parts": "random classes", "superclasses": "superclasses"}  # table: what its tasks are
 # The settings in which methods are compared: a line of the table of claims each, in this order.
 SETTINGS = {
     "CIFAR-100, 50 per class, T = 5": "cifar100-T5",
@@ -101,6 +102,7 @@ def paired(one, other, key="final_accuracy"):
 def ahead(one, other):
     """The paired difference of final accuracies as text, ± its standard error."""
     gap, error = paired(one, other)
+    gap = round(gap, 1) + 0.0  # not -0.0
     return f"{gap:+.1f}" + (f" ± {error:.1f}" if error is not None else "")
 
 
@@ -218,25 +220,35 @@ def rates(_=None):
     return markdown(["--lr", *budgets], lines)
 
 
-def compared(results=ROOT / "results"):
-    """In words: which methods HAM is level with, above and below.
+def sides(rows, results=ROOT / "results"):
+    """In words: which rows HAM is level with, above and below. rows: label -> run, HAM's first
 
     Level: less than a point apart, less than two where there is one seed.
     """
+    found = {"level with": [], "above": [], "below": []}
+    ham, *rest = measured(rows, results).items()
+    for label, run in rest:
+        gap, error = paired(load(ham[1], results), load(run, results))
+        level = abs(gap) < (2 if error is None else 1)
+        found["level with" if level else "above" if gap > 0 else "below"].append(label)
+    return "; ".join(f"{where} {', '.join(labels)}" for where, labels in found.items() if labels)
+
+
+def compared(results=ROOT / "results"):
+    """HAM against the methods of extras/baselines.py, in words."""
     lines = []
     for label, name in SETTINGS.items():
-        there = measured({m: TABLES[name].get(m, "none") for m in OTHERS[len(METHODS) :]}, results)
-        if not there:
-            continue
-        ham = load(TABLES[name]["ham"], results)
-        parts = {"level with": [], "above": [], "below": []}
-        for method, run in there.items():
-            gap, error = paired(ham, load(run, results))
-            level = abs(gap) < (2 if error is None else 1)
-            where = "level with" if level else "above" if gap > 0 else "below"
-            parts[where].append(method)
-        words = [f"{where} {', '.join(found)}" for where, found in parts.items() if found]
-        lines.append(f"- {label}: HAM is {'; '.join(words)}.")
+        rows = {m: run for m, run in TABLES[name].items() if m not in METHODS[1:]}
+        if len(measured(rows, results)) > 1:
+            lines.append(f"- {label}: HAM is {sides(rows, results)}.")
+    return "\n".join(lines)
+
+
+def parts_compared(results=ROOT / "results"):
+    """HAM against itself with one part changed, in words."""
+    lines = []
+    for name, data in PARTS.items():
+        lines.append(f"- Tasks of {data}: HAM is {sides(TABLES[name], results)}.")
     return "\n".join(lines)
 
 
@@ -346,7 +358,7 @@ def parts(results=ROOT / "results"):
     The difference is of the seeds both have, ± its standard error; drift: oracle means − final.
     """
     lines = []
-    for name, data in (("parts", "random classes"), ("superclasses", "superclasses")):
+    for name, data in PARTS.items():
         there = measured(TABLES[name], results)
         ham = load(there["HAM"], results)
         for label, run in there.items():
@@ -445,7 +457,7 @@ def settings(results=ROOT / "results"):
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
     makers = [claims, growth, others, compared, rates, settings, efficiency, side_by_side]
-    makers += [screening, parts, related]
+    makers += [screening, parts, parts_compared, related]
     return {maker.__name__: maker for maker in makers}[name](results)
 
 
