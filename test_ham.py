@@ -862,9 +862,9 @@ def test_readme_says_where_ham_is_best_and_where_it_forgets():
     assert "forgets no more than `frozen`" in readme
     ends = [x[m][0]["final_accuracy"] for x in (every, some) for m in ("ham", "sequential")]
     words = "it ends at {:.1f} and `sequential` at {:.1f}, with 250 images per class at {:.1f} and "
-    words += "{:.1f} (one seed each"
+    words += "{:.1f} (seed 1993, on"
     assert words.format(*ends) in readme and abs(ends[0] - ends[2]) < 0.5
-    assert {len(x[m]) for x in (some, every) for m in x} == {1}  # "one seed each"
+    assert {x[m][0]["config"]["seed"] for x in (some, every) for m in x} == {1993}
     minutes = sum(every["ham"][0]["seconds"].values()) / 60
     assert 70 < minutes < 75 and "takes over 70 minutes on one thread" in readme
 
@@ -906,8 +906,8 @@ def test_readme_says_how_other_methods_compare():
     assert [len(x["ham"][2]) for x in (few, long, many)] == [3, 3, 2]
     test = [tables.load(tables.TABLES["cifar100-i250"][m]) for m in ("ham", "sequential")]
     points = [tables.ahead(*test)[1:], tables.ahead(many["ham"][2], many["sequential"][2])[1:]]
-    words = "it is {} above `sequential` (one seed; on held-out images, two seeds, {}), each"
-    assert words.format(*points) in readme and len(test[0]) == 1
+    words = "it is {} above `sequential` (on held-out images, two seeds, {}), each"
+    assert words.format(*points) in readme
     below = [tables.paired(long["ham"][2], long["o_lora"][2])[0]]
     below += [
         tables.paired(found["cub200", 10, None]["ham"][2], found["cub200", 10, None][m][2])[0]
@@ -944,13 +944,20 @@ def test_readme_says_what_the_parts_do():
         assert abs(gap) < 0.5 > error and len(drawn) == 3  # "no difference", "three seeds each"
         gaps.append(tables.ahead(by_cosine, drawn))
     assert "{} with random classes and {} with superclasses".format(*gaps) in readme
-    one, far = (
-        tables.load(tables.TABLES["parts"][x]) for x in ("one group", "one group (5 × the mean)")
-    )
-    rest, seeds = tables.load(tables.PART), {1: " (one seed)"}
-    assert f"and ends {tables.ahead(rest, one)[1:]} lower{seeds.get(len(one), '')}. One" in readme
-    assert all(tables.paired(rest, one, key)[0] > 0 for key in ("forgetting", "learning_accuracy"))
-    assert abs(tables.paired(rest, far)[0]) < 0.5 and "(`--gain 5`) ends where five do." in readme
+    labels = "HAM", "one group", "one group per task", "one group (5 × the mean)"
+    five, one, each, far = (tables.load(tables.TABLES["parts"][x]) for x in labels)
+    points = [tables.ahead(five, x).removeprefix("+") for x in (one, each)]
+    assert readme.count("{} above one group and {} above a group per".format(*points)) == 1
+    words = "{} above a single group, which learns less, and {} above a group for each task, where "
+    words += "nothing is merged, which forgets more (three seeds each)."
+    assert words.format(*points) in readme and {len(x) for x in (five, one, each)} == {3}
+    for other in (one, each):  # "help": more than two standard errors
+        gap, error = tables.paired(five, other)
+        assert gap > 2 * error
+    assert tables.paired(five, one, "learning_accuracy")[0] > 0
+    assert tables.paired(five, each, "forgetting")[0] < 0
+    assert abs(tables.paired(five, far)[0]) < 0.5 and "(`--gain 5`) ends where five do." in readme
+    assert "with five times the step, with one seed" in readme and len(far) == 1
 
 
 def test_readme_says_that_no_similarity_is_above_tau():
