@@ -48,7 +48,7 @@ TABLES = {
     "parts": {
         "HAM": PART,
         "one group": f"{PART}-one-group",
-        "one group (5 × the mean)": f"{PART}-one-group-gain5",
+        "one group, gain 5": f"{PART}-one-group-gain5",
         "random group": f"{PART}-random",
         "one group per task": f"{PART}-each-its-own",
         "sum (literal)": f"{PART}-sum",
@@ -221,16 +221,21 @@ def rates(_=None):
 
 
 def sides(rows, results=ROOT / "results"):
-    """In words: which rows HAM is level with, above and below. rows: label -> run, HAM's first
+    """In words: which rows HAM is above and below. rows: label -> run, HAM's first
 
-    Level: less than a point apart, less than two where there is one seed.
+    Above and below: by more than two standard errors of the paired difference.
     """
-    found = {"level with": [], "above": [], "below": []}
+    found = {"above": [], "below": [], "no different from": [], "undecided (one seed):": []}
     ham, *rest = measured(rows, results).items()
     for label, run in rest:
-        gap, error = paired(load(ham[1], results), load(run, results))
-        level = abs(gap) < (2 if error is None else 1)
-        found["level with" if level else "above" if gap > 0 else "below"].append(label)
+        pair = load(ham[1], results), load(run, results)
+        gap, error = paired(*pair)
+        if error is None:
+            found["undecided (one seed):"].append(f"{label} {ahead(*pair)}")
+        elif abs(gap) <= 2 * error:
+            found["no different from"].append(label)
+        else:
+            found["above" if gap > 0 else "below"].append(label)
     return "; ".join(f"{where} {', '.join(labels)}" for where, labels in found.items() if labels)
 
 
@@ -240,7 +245,7 @@ def compared(results=ROOT / "results"):
     for label, name in SETTINGS.items():
         rows = {m: run for m, run in TABLES[name].items() if m not in METHODS[1:]}
         if len(measured(rows, results)) > 1:
-            lines.append(f"- {label}: HAM is {sides(rows, results)}.")
+            lines.append(f"- {label}: {sides(rows, results)}.")
     return "\n".join(lines)
 
 
@@ -248,7 +253,7 @@ def parts_compared(results=ROOT / "results"):
     """HAM against itself with one part changed, in words."""
     lines = []
     for name, data in PARTS.items():
-        lines.append(f"- Tasks of {data}: HAM is {sides(TABLES[name], results)}.")
+        lines.append(f"- Tasks of {data}: {sides(TABLES[name], results)}.")
     return "\n".join(lines)
 
 
