@@ -966,7 +966,7 @@ def test_readme_says_what_the_parts_do():
     words = "{} with random classes and {} with superclasses (the same three draws)"
     assert words.format(*gaps) in readme and draws[0] == draws[1]
 
-    labels = "HAM", "one group", "one group per task", "sum (literal)", "one group, gain 5"
+    labels = "HAM", "one group", "one group per task", "sum (literal)", "one group (gain 5)"
     five, one, each, added, far = (tables.load(tables.TABLES["parts"][x]) for x in labels)
     points = [tables.ahead(five, x).removeprefix("+") for x in (one, each)]
     assert "five groups end {} above one and {} above a group per".format(*points) in readme
@@ -986,6 +986,10 @@ def test_readme_says_what_the_parts_do():
     )
     assert words in readme and abs(gap) < 2 * error < 0.5 and len(far) == 3
     assert abs(tables.paired(added, each)[0]) < 0.5  # "sums end where one group per task does"
+    fixed = tables.load(tables.TABLES["parts"]["α fixed at 1"])
+    gap, error = tables.paired(five, fixed)
+    words = f"with α fixed at 1 HAM ends as high ({tables.ahead(five, fixed)}, three seeds)."
+    assert words in readme and abs(gap) < 2 * error < 0.5 and len(fixed) == 3
 
 
 def test_readme_says_that_no_similarity_is_above_tau():

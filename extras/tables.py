@@ -48,7 +48,7 @@ TABLES = {
     "parts": {
         "HAM": PART,
         "one group": f"{PART}-one-group",
-        "one group, gain 5": f"{PART}-one-group-gain5",
+        "one group (gain 5)": f"{PART}-one-group-gain5",
         "random group": f"{PART}-random",
         "one group per task": f"{PART}-each-its-own",
         "sum (literal)": f"{PART}-sum",
@@ -225,7 +225,7 @@ def sides(rows, results=ROOT / "results"):
 
     Above and below: by more than two standard errors of the paired difference.
     """
-    found = {"above": [], "below": [], "no different from": [], "undecided (one seed):": []}
+    found = {"above": [], "below": [], "not told apart from": [], "undecided (one seed):": []}
     ham, *rest = measured(rows, results).items()
     for label, run in rest:
         pair = load(ham[1], results), load(run, results)
@@ -233,7 +233,7 @@ def sides(rows, results=ROOT / "results"):
         if error is None:
             found["undecided (one seed):"].append(f"{label} {ahead(*pair)}")
         elif abs(gap) <= 2 * error:
-            found["no different from"].append(label)
+            found["not told apart from"].append(label)
         else:
             found["above" if gap > 0 else "below"].append(label)
     return "; ".join(f"{where} {', '.join(labels)}" for where, labels in found.items() if labels)
