@@ -62,7 +62,7 @@ TABLES = {
     },
     "superclasses": {"HAM": f"{PART}-super", "random group": f"{PART}-super-random"},
 }
-PARTS = {"parts": "random classes", "superclasses": "superclasses"}  # table: what its tasks are
+TASKS_OF = {"parts": "random classes", "superclasses": "superclasses"}  # table: what its tasks are
 # The settings in which methods are compared: a line of the table of claims each, in this order.
 SETTINGS = {
     "CIFAR-100, 50 per class, T = 5": "cifar100-T5",
@@ -252,7 +252,7 @@ def compared(results=ROOT / "results"):
 def parts_compared(results=ROOT / "results"):
     """HAM against itself with one part changed, in words."""
     lines = []
-    for name, data in PARTS.items():
+    for name, data in TASKS_OF.items():
         lines.append(f"- Tasks of {data}: {sides(TABLES[name], results)}.")
     return "\n".join(lines)
 
@@ -363,7 +363,7 @@ def parts(results=ROOT / "results"):
     The difference is of the seeds both have, ± its standard error; drift: oracle means − final.
     """
     lines = []
-    for name, data in PARTS.items():
+    for name, data in TASKS_OF.items():
         there = measured(TABLES[name], results)
         ham = load(there["HAM"], results)
         for label, run in there.items():
