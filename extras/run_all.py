@@ -33,14 +33,14 @@ def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160):
 
 
 ONE = SEEDS[:1]  # where a method has one seed it is 1993
-FIXED = "average frozen joint"
+FIXED = "frozen joint"
 OTHERS = "treelora safm sd_lora o_lora ewc"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 
 # 1. CIFAR-100, 50 training images per class
 for tasks in (20, 50, 10, 5):
-    add("cifar100", tasks, "ham sequential", I50, "i50")
+    add("cifar100", tasks, "ham sequential average", I50, "i50")
     add("cifar100", tasks, FIXED, I50, "i50", ONE)
 add("cifar100", 20, OTHERS, I50, "i50")
 add("cifar100", 50, "o_lora ewc", I50, "i50")
@@ -48,13 +48,13 @@ add("cifar100", 50, "treelora safm sd_lora", I50, "i50", ONE)
 add("cifar100", 10, OTHERS, I50, "i50", ONE)
 
 # 2. CUB-200, all images
-add("cub200", 10, "ham sequential treelora safm o_lora ewc")
+add("cub200", 10, "ham sequential average treelora safm o_lora ewc")
 add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE)
 add("cub200", 20, "ham sequential average frozen", seeds=ONE)
 
 # 3. CIFAR-100, many images
 add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250")
-add("cifar100", 20, f"{FIXED} sd_lora", I250, "i250", ONE)
+add("cifar100", 20, f"average {FIXED} sd_lora", I250, "i250", ONE)
 add("cifar100", 50, "ham sequential", I250, "i250", ONE)
 add("cifar100", 20, "ham sequential frozen", "", "160px", ONE)
 add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224)
