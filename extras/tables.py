@@ -100,10 +100,17 @@ def paired(one, other, key="final_accuracy"):
 
 
 def ahead(one, other):
-    """The paired difference of final accuracies as text, ± its standard error."""
+    """The paired difference of final accuracies, ± its standard error; bold where it is clear.
+
+    Clear: more than two standard errors, over three seeds or more.
+    """
     gap, error = paired(one, other)
-    gap = round(gap, 1) + 0.0  # not -0.0
-    return f"{gap:+.1f}" + (f" ± {error:.1f}" if error is not None else "")
+    text = f"{round(gap, 1) + 0.0:+.1f}"  # + 0.0: not -0.0
+    if error is None:
+        return text
+    seeds = {r["config"]["seed"] for r in one} & {r["config"]["seed"] for r in other}
+    clear = len(seeds) > 2 and abs(gap) > 2 * error
+    return f"**{text} ± {error:.1f}**" if clear else f"{text} ± {error:.1f}"
 
 
 def cell(values, digits=1):
@@ -218,43 +225,6 @@ def rates(_=None):
         made = [baselines.prepare(baselines.Config(**kind, **b))[0] for b in budget]
         lines.append([method, *(f"{ham.resolve(c).lr:g}" for c in made)])
     return markdown(["--lr", *budgets], lines)
-
-
-def sides(rows, results=ROOT / "results"):
-    """In words: which rows HAM is above and below. rows: label -> run, HAM's first
-
-    Above and below: by more than two standard errors of the paired difference.
-    """
-    found = {"above": [], "below": [], "not told apart from": [], "undecided (one seed):": []}
-    ham, *rest = measured(rows, results).items()
-    for label, run in rest:
-        pair = load(ham[1], results), load(run, results)
-        gap, error = paired(*pair)
-        if error is None:
-            found["undecided (one seed):"].append(f"{label} {ahead(*pair)}")
-        elif abs(gap) <= 2 * error:
-            found["not told apart from"].append(label)
-        else:
-            found["above" if gap > 0 else "below"].append(label)
-    return "; ".join(f"{where} {', '.join(labels)}" for where, labels in found.items() if labels)
-
-
-def compared(results=ROOT / "results"):
-    """HAM against the methods of extras/baselines.py, in words."""
-    lines = []
-    for label, name in SETTINGS.items():
-        rows = {m: run for m, run in TABLES[name].items() if m not in METHODS[1:]}
-        if len(measured(rows, results)) > 1:
-            lines.append(f"- {label}: {sides(rows, results)}.")
-    return "\n".join(lines)
-
-
-def parts_compared(results=ROOT / "results"):
-    """HAM against itself with one part changed, in words."""
-    lines = []
-    for name, data in TASKS_OF.items():
-        lines.append(f"- Tasks of {data}: {sides(TABLES[name], results)}.")
-    return "\n".join(lines)
 
 
 def efficiency(results=ROOT / "results"):
@@ -461,8 +431,8 @@ def settings(results=ROOT / "results"):
 
 def made(name, results=ROOT / "results"):
     """The table of that name, Markdown."""
-    makers = [claims, growth, others, compared, rates, settings, efficiency, side_by_side]
-    makers += [screening, parts, parts_compared, related]
+    makers = [claims, growth, others, rates, settings, efficiency, side_by_side]
+    makers += [screening, parts, related]
     return {maker.__name__: maker for maker in makers}[name](results)
 
 
