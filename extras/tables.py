@@ -202,10 +202,9 @@ def others(results=ROOT / "results"):
             keys = "final_accuracy", "forgetting", "task_known_accuracy"
             cells = [cell([r[k] for r in runs]) for k in keys]
             cells.insert(1, "" if method == "ham" else ahead(ham, runs))
-            cells.append(cell([r["seconds"]["train"] for r in runs], 0))
             lines.append([label, method, *cells, stored(runs), str(len(runs))])
-    head = ["", "method", "final accuracy", "ham − it", "forgetting", "task known", "training s"]
-    return markdown([*head, "stored", "seeds"], lines)
+    head = ["", "method", "final accuracy", "ham − it", "forgetting", "task known", "stored"]
+    return markdown([*head, "seeds"], lines)
 
 
 def rates(_=None):

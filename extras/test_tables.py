@@ -143,7 +143,10 @@ def compared():
 
 
 def test_readme_on_the_controls():
-    says("above `frozen` and `average` in every line, above `sequential` in every line but T = 5.")
+    says(
+        "above `frozen` and `average` in every line that has them, above `sequential` in every line"
+    )
+    says("`sequential` in every line but T = 5.")
     below = [
         (name, control)
         for name, runs in compared().items()
@@ -162,13 +165,15 @@ def test_readme_on_the_controls():
 
 
 def test_readme_on_growth():
-    says("is there from 10 tasks on, but no larger with 50 than with 20, and that over `average`")
+    says(
+        "is there from 10 tasks on, but not clearly larger with 50 than with 20; that over `average`"
+    )
     gaps = tables.advantage()
     assert gaps[5][0] < 0 < gaps[10][0]
     assert abs(gaps[50][0] - gaps[20][0]) < math.hypot(gaps[50][1], gaps[20][1])
     names = "cifar100-T10", "cifar100", "cifar100-T50"
     over = [gap(name, "ham", "average")[0] for name in names]
-    assert over == sorted(over, reverse=True)
+    assert max(over) == over[0]  # "is largest with 10"
 
 
 def test_readme_on_forgetting():
@@ -202,7 +207,7 @@ def test_readme_on_the_parts():
     says(
         "**Which group a task joins makes no difference** that three seeds show, with random classes"
     )
-    says("**The importance scalars make no difference either**")
+    says("with α fixed at 1 it ends as high.")
     draws = []
     for name, changed in {
         "parts": ["random group", "one group (gain 5)", "α fixed at 1"],
@@ -214,6 +219,12 @@ def test_readme_on_the_parts():
         draws.append([[t["group"] for t in r["tasks"]] for r in runs_of(name)["random group"]])
     assert draws[0] == draws[1]  # "the same three random draws"
 
+    says("without it, in a group per task, two thirds of the lead over `sequential` are gone")
+    far, lead = (
+        gap("parts", "HAM", "one group per task")[0],
+        gap("cifar100", "ham", "sequential")[0],
+    )
+    assert far / lead == pytest.approx(2 / 3, abs=0.1)
     says("Five groups end above a single one, which learns less, and above a group for each task")
     for label in ("one group", "one group per task"):
         assert gap("parts", "HAM", label)[0] > 0 and clear(gap("parts", "HAM", label)), label
@@ -224,6 +235,10 @@ def test_readme_on_the_parts():
 
 
 def test_readme_on_other_methods():
+    says("TreeLoRA and SAFM, as written here, end near `sequential` and `frozen`.")
+    for name in ("cifar100", "cub200"):
+        for one, other in (("treelora", "sequential"), ("safm", "frozen")):
+            assert abs(gap(name, one, other)[0]) < 1
     says("**In none of these is HAM clearly above the best of them**, O-LoRA or EWC")
     for name in compared():
         best = {"o_lora", "ewc"} & set(runs_of(name))
@@ -259,11 +274,10 @@ def test_readme_on_held_out_images():
 
 def test_readme_on_tau():
     """Every run of HAM under results/, whatever its own τ is."""
-    says("in no run of HAM under Measured was one above τ, so that the first G_max tasks opened a")
+    says("in every run of HAM under Measured the first G_max tasks opened a group each.")
     files = sorted((ROOT / "results").glob("*-ham-*/results.json"))
     runs = [json.loads(file.read_text()) for file in files]
     for r in runs:
-        found, most = [s for task in r["tasks"] for s in task["similarities"]], r["config"]["g_max"]
-        assert max(found) < ham.Config.tau, r["config"]["name"]
+        most = r["config"]["g_max"]
         assert [task["group"] for task in r["tasks"]][:most] == list(range(most))
     assert runs
