@@ -207,10 +207,10 @@ def test_readme_on_the_parts():
     says(
         "**Which group a task joins makes no difference** that three seeds show, with random classes"
     )
-    says("with α fixed at 1 it ends as high.")
+    says("With α fixed at 1 it ends as high.")
     draws = []
     for name, changed in {
-        "parts": ["random group", "one group (gain 5)", "α fixed at 1"],
+        "parts": ["random group", "one group (gain 5)", "α fixed at 1", "no pruning"],
         "superclasses": ["random group"],
     }.items():
         for label in changed:
@@ -225,11 +225,16 @@ def test_readme_on_the_parts():
         gap("cifar100", "ham", "sequential")[0],
     )
     assert far / lead == pytest.approx(2 / 3, abs=0.1)
-    says("Five groups end above a single one, which learns less, and above a group for each task")
-    for label in ("one group", "one group per task"):
+    says("Five groups end above one, two and ten, and above a group for each task")
+    lower = "one group", "G_max = 2", "G_max = 10", "one group per task", "mean of what was added"
+    for label in lower:
         assert gap("parts", "HAM", label)[0] > 0 and clear(gap("parts", "HAM", label)), label
     assert gap("parts", "HAM", "one group", "learning_accuracy")[0] > 0
     assert gap("parts", "HAM", "one group per task", "forgetting")[0] < 0
+    says(f"costs {gap('parts', 'HAM', 'mean of what was added')[0]:.1f}. But it is not the number")
+    points = [gap("parts", "HAM", f"ρ = {rho}")[0] for rho in (0.5, 0.3)]
+    says("dropping half costs {:.1f}, and 0.7 of them {:.1f}.".format(*points))
+    assert {len(runs) for runs in runs_of("parts").values()} == {3}
     says("and sums in five groups end where one group per task does.")
     assert abs(gap("parts", "sum (literal)", "one group per task")[0]) < 0.5
 
