@@ -242,10 +242,15 @@ def test_readme_on_other_methods():
     for name in ("cifar100", "cub200"):
         for one, other in (("treelora", "sequential"), ("safm", "frozen")):
             assert abs(gap(name, one, other)[0]) < 1
-    says("**In none of these is HAM clearly above the best of them**, O-LoRA or EWC")
-    for name in compared():
-        best = {"o_lora", "ewc"} & set(runs_of(name))
-        assert not best or not all(clear(gap(name, "ham", m)) for m in best), name
+    says("**HAM is half a point above the best of them, O-LoRA, and one above EWC at T = 20 of")
+    says("at T = 50 and on CUB-200, with one seed each, it is not shown to be above them.")
+    for method, points in (("o_lora", 0.5), ("ewc", 1.0)):
+        pair = gap("cifar100", "ham", method)
+        assert (
+            clear(pair) and abs(pair[0] - points) < 0.25 and len(runs_of("cifar100")[method]) == 3
+        )
+    rest = [(n, m) for n in set(compared()) - {"cifar100"} for m in ("o_lora", "ewc")]
+    assert {len(runs_of(n)[m]) for n, m in rest if m in runs_of(n)} == {1}
 
 
 def test_readme_on_held_out_images():
