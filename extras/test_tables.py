@@ -165,10 +165,12 @@ def test_readme_on_the_controls():
 
 
 def test_readme_on_growth():
-    says("is there from 10 tasks on, but not clearly larger with 50 than with 20; that over")
+    says(
+        "is there from 10 tasks on (T = 10: one seed), but not clearly larger with 50 than with 20;"
+    )
     says("that over `average` is smaller with 50.")
     gaps = tables.advantage()
-    assert gaps[5][0] < 0 < gaps[10][0]
+    assert gaps[5][0] < 0 < min(gaps[t][0] for t in (10, 20, 50)) and len(gaps[10][2]) == 1
     assert abs(gaps[50][0] - gaps[20][0]) < math.hypot(gaps[50][1], gaps[20][1])
     short, long = (gap(name, "ham", "average") for name in ("cifar100", "cifar100-T50"))
     assert short[0] - long[0] > 2 * math.hypot(short[1], long[1])
@@ -196,7 +198,9 @@ def test_readme_on_all_images():
     says("HAM ends no higher with all images than with 250 per class")
     half, every = (runs_of(name)["ham"][0] for name in ("cifar100-i250", "cifar100-all"))
     assert half["config"]["seed"] == every["config"]["seed"]
-    assert every["final_accuracy"] < half["final_accuracy"] + 0.1
+    points = every["final_accuracy"], half["final_accuracy"]
+    assert points[0] <= points[1]
+    says("({:.1f} and {:.1f} with seed 1993, on".format(*points))
     says("takes over 70 minutes on one thread")
     assert 70 < sum(every["seconds"].values()) / 60 < 75
 
@@ -229,7 +233,7 @@ def test_readme_on_the_parts():
         assert gap("parts", "HAM", label)[0] > 0 and clear(gap("parts", "HAM", label)), label
     assert gap("parts", "HAM", "one group", "learning_accuracy")[0] > 0
     assert gap("parts", "HAM", "one group per task", "forgetting")[0] < 0
-    says(f"costs {gap('parts', 'HAM', 'mean of what was added')[0]:.1f}. But it is not the number")
+    says(f"ends {gap('parts', 'HAM', 'mean of what was added')[0]:.1f} lower. But it is not the")
     points = [gap("parts", "HAM", f"ρ = {rho}")[0] for rho in (0.5, 0.3)]
     says("dropping half costs {:.1f}, and 0.7 of them {:.1f}.".format(*points))
     assert {len(runs) for runs in runs_of("parts").values()} == {3}
@@ -238,19 +242,26 @@ def test_readme_on_the_parts():
 
 
 def test_readme_on_other_methods():
-    says("TreeLoRA and SAFM, as written here, end near `sequential` and `frozen`.")
+    says("TreeLoRA and SAFM, as written here, end within a point of `sequential` and `frozen`.")
     for name in ("cifar100", "cub200"):
         for one, other in (("treelora", "sequential"), ("safm", "frozen")):
             assert abs(gap(name, one, other)[0]) < 1
     says("**HAM is half a point above the best of them, O-LoRA, and one above EWC at T = 20 of")
-    says("at T = 50 and on CUB-200, with one seed each, it is not shown to be above them.")
+    says(
+        "at T = 50 (O-LoRA alone) and on CUB-200, with one seed, it is not shown to be above them."
+    )
     for method, points in (("o_lora", 0.5), ("ewc", 1.0)):
         pair = gap("cifar100", "ham", method)
         assert (
             clear(pair) and abs(pair[0] - points) < 0.25 and len(runs_of("cifar100")[method]) == 3
         )
-    rest = [(n, m) for n in set(compared()) - {"cifar100"} for m in ("o_lora", "ewc")]
-    assert {len(runs_of(n)[m]) for n, m in rest if m in runs_of(n)} == {1}
+    seeds = {
+        (name, m): len(runs[m])
+        for name, runs in compared().items()
+        for m in {"o_lora", "ewc"} & set(runs)
+        if name != "cifar100"
+    }
+    assert seeds == {("cifar100-T50", "o_lora"): 1, ("cub200", "o_lora"): 1, ("cub200", "ewc"): 1}
 
 
 def test_readme_on_held_out_images():
@@ -261,9 +272,14 @@ def test_readme_on_held_out_images():
     def above(of, method):
         return tables.paired(of["ham"][2], of[method][2])[0]
 
-    says("at T = 20 HAM is less than a point above both, with 50 and with 250 images per class;")
+    says(
+        "at T = 20 HAM is less than a point above both, with 50 and with 250 images per class, and"
+    )
     assert all(0 < above(of, m) < 1 for of in (few, many) for m in ("o_lora", "ewc"))
-    says("at T = 50 it is above EWC and below O-LoRA, on CUB-200 below both")
+    says(
+        "above EWC (at its rate for T = 20) and below O-LoRA (one seed), on CUB-200 below both (one"
+    )
+    assert {len(of[m][2]) for of, m in ((long, "o_lora"), (bird, "o_lora"), (bird, "ewc"))} == {1}
     assert above(long, "o_lora") < 0 < above(long, "ewc")
     assert max(above(bird, "o_lora"), above(bird, "ewc")) < 0
     points = above(bird, "sequential"), -above(bird, "average")
@@ -282,10 +298,12 @@ def test_readme_on_held_out_images():
 
 def test_readme_on_tau():
     """Every run of HAM under results/, whatever its own τ is."""
+    says("has a cosine near 0 with them (at most 0.13):")
     says("in every run of HAM under Measured the first G_max tasks opened a group each.")
     files = sorted((ROOT / "results").glob("*-ham-*/results.json"))
     runs = [json.loads(file.read_text()) for file in files]
     for r in runs:
-        most = r["config"]["g_max"]
+        found, most = [s for task in r["tasks"] for s in task["similarities"]], r["config"]["g_max"]
+        assert max(found) < 0.13
         assert [task["group"] for task in r["tasks"]][:most] == list(range(most))
     assert runs
