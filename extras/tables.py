@@ -62,7 +62,6 @@ TABLES = {
     },
     "superclasses": {"HAM": f"{PART}-super", "random group": f"{PART}-super-random"},
 }
-TASKS_OF = {"parts": "random classes", "superclasses": "superclasses"}  # table: what its tasks are
 # The settings in which methods are compared: a line of the table of claims each, in this order.
 SETTINGS = {
     "CIFAR-100, 50 per class, T = 5": "cifar100-T5",
@@ -332,7 +331,7 @@ def parts(results=ROOT / "results"):
     The difference is of the seeds both have, ± its standard error; drift: oracle means − final.
     """
     lines = []
-    for name, data in TASKS_OF.items():
+    for name, data in (("parts", "random classes"), ("superclasses", "superclasses")):
         there = measured(TABLES[name], results)
         ham = load(there["HAM"], results)
         for label, run in there.items():
