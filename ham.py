@@ -1,13 +1,6 @@
 # /// script
-# requires-python = ">=3.10.12,!=3.11.0,!=3.11.1,!=3.11.2,!=3.11.3"
-# dependencies = [
-#   "torch>=2.6",
-#   "torchvision>=0.21",
-#   "timm>=1.0.15",
-#   "numpy>=1.26",
-#   "tqdm>=4.66",
-#   "safetensors>=0.4.5",
-# ]
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "timm>=1.0.22", "numpy>=1.26", "tqdm>=4.66"]
 # ///
 """HAM, Hierarchical Adapter Merging (arXiv 2509.13211), in one file. Unofficial.
 
@@ -18,7 +11,7 @@ is pruned, scaled and merged. All groups are folded into the weights for inferen
 
     python ham.py                                  # demo: nothing to download
     python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: wants a GPU)
-    python ham.py --help                           # every setting: default, range, source
+    python ham.py --help                           # every setting: meaning, source, default
 
 Written without access to the paper's body: what is from the abstract, from a third-party review or
 our choice is said at each place. The numbers (1) to (4) of the equations are our README's.
@@ -34,18 +27,26 @@ M, G_max  m, g_max       int             groups so far, and the most there may b
 ρ         rho            float           fraction of weights that pruning keeps
 T         tasks          int             number of tasks;  C classes, D features, N images
 
-Not here: other methods (extras/), rehearsal, drift correction, resuming, several GPUs.
+Not here: other methods (extras/), rehearsal, drift correction, several GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import dataclasses
-import functools
+import hashlib
 import json
 import math
+import os
+import platform
+import shutil
+import signal
 import sys
+import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,163 +54,16 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torchvision
+from filelock import FileLock, Timeout  # comes with torch
+from PIL import Image, ImageOps
 from torch.func import functional_call
+from torchvision.datasets import CIFAR100, ImageFolder, utils
 from tqdm import tqdm
-
-from extras import datasets, demo, provenance, report
-
-# ------------------------------------------------------------------------------------------ Config
 
 
 class InputError(ValueError):
     """A setting or file the user can mend; the text says how. The command line exits with 2."""
-
-
-def option(default, text, choices=None, low=-math.inf, high=math.inf):
-    """One field of Config = one flag; `text`, choices and range are its line in --help."""
-    limits = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    limits = f"one of {', '.join(choices)}" if choices else limits if low > -math.inf else ""
-    meta = {"text": text, "choices": choices, "low": low, "high": high, "limits": limits}
-    return field(default=default, metadata=meta)
-
-
-METHODS = ("ham", "sequential", "average", "joint", "frozen")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting. None: filled in by `resolve`, which also sets what does not apply to None."""
-
-    # data
-    dataset: str = option(
-        "demo",
-        "demo, cifar100, imagenet_r, cub200, tiny_imagenet, or a FOLDER with {train,test}/CLASS/*",
-    )
-    tasks: int = option(None, "T, number of tasks; default 20, demo and cub200 10", low=1)
-    images_per_class: int = option(None, "first n training images of a class; default all", low=1)
-    test_images_per_class: int = option(None, "first n test images; default all", low=1)
-    validate: bool = option(False, "test on the last 10 percent of each class's training images")
-    class_order: str = option("random", "random: by seed; natural; or a FILE, a class per line")
-    split_file: str = option(
-        None,
-        "test images of imagenet_r or a FOLDER with CLASS/*, a path per line; default for "
-        "imagenet_r extras/imagenet_r_test.txt, the public 24,000 and 6,000",
-    )
-    data_dir: str = option("data", "where data sets and decoded images lie")
-    # model
-    model: str = option(None, "timm ViT with its tag; default vit_base_patch16_224.augreg_in21k")
-    weights: str = option(None, "file with the model's weights; default: timm downloads them")
-    img_size: int = option(None, "side of the input, pixels; default the model's own", low=8)
-    crop_pct: float = option(None, "crop; default cifar100 1, else the model's", low=0.1, high=1)
-    norm: str = option("model", "the checkpoint's mean and std, or [0, 1]", ("model", "unit"))
-    # method
-    method: str = option(
-        None,
-        "ham, or a control: one LoRA trained on and on, the average of adapters trained alone, "
-        "all classes as one task, no training; default ham, demo: ham, sequential, frozen",
-        METHODS,
-    )
-    rank: int = option(8, "r, rank of an adapter (our choice)", low=1)
-    layers: str = option("qkv", "layers with LoRA, any of qkv,proj,fc1,fc2 (our choice)")
-    tau: float = option(0.1, "τ, join if s > τ; 1: open first (our choice)", low=-1, high=1)
-    g_max: int = option(5, "G_max, most groups (the bound: abstract; 5: our choice)", low=1)
-    grouping: str = option("cosine", "group to join (cosine: abstract)", ("cosine", "random"))
-    rho: float = option(0.9, "ρ, fraction that pruning keeps (our choice)", low=1e-6, high=1)
-    prune: str = option("factors", "prune A, B or B A (our choice)", ("factors", "product"))
-    merge: str = option(
-        "solution",
-        "a group is the mean of what its tasks ended with, or the mean or the sum of what they "
-        "added (our choice)",
-        ("solution", "mean", "sum"),
-    )
-    gain: float = option(1.0, "factor of a new member's 1 / (n + 1) (our choice)", low=1)
-    train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
-    read_out: str = option("class-mean", "what classifies (our choice)", ("class-mean", "head"))
-    # training
-    epochs: int = option(None, "epochs per task (our choice); default 5, demo 10", low=1)
-    batch_size: int = option(32, "images per step (our choice)", low=1)
-    lr: float = option(
-        None,
-        "of A, B (our choice); default by method, data set and budget: results/README.md",
-        low=1e-9,
-    )
-    lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (our choice)", low=0)
-    lr_head: float = option(1e-2, "learning rate of the head's rows (our choice)", low=0)
-    seed: int = option(1993, "draws class order, A, shuffling and flips", low=0, high=2**32 - 1)
-    # machine
-    device: str = option("auto", "auto, cpu, cuda, cuda:N; auto: cuda where there is one")
-    precision: str = option("auto", "auto: bf16 where it is native", ("auto", "bf16", "fp32"))
-    out: str = option("runs", "folder for the result folders")
-    name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
-
-
-# Among the best on held-out images (results/README.md); joint: HAM's for few. Many images a class
-# mean many steps, which want lower rates: a LARGE data set has its own above FEW per class.
-FEW, LARGE = 100, ("cifar100", "tiny_imagenet")  # 500 images per class
-LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
-for large in LARGE:
-    LEARNING_RATE |= {("ham", large): 3e-4, ("sequential", large): 1e-4, ("average", large): 3e-3}
-LEARNING_RATE |= {("sequential", "cub200"): 1e-4, ("average", "cub200"): 3e-3}
-LEARNING_RATE["sequential", "demo"] = 1e-3  # HAM's too, so that drift can be seen
-TRAINING = ("rank", "layers", "epochs", "batch_size", "lr", "lr_head")
-GROUPING = ("tau", "g_max", "grouping", "rho", "prune", "merge", "gain", "lr_alpha")
-
-
-def resolve(config: Config) -> Config:
-    """Fill in every None that has a value, check ranges, set what does not apply to None."""
-    check_ranges(config)
-    c = dataclasses.asdict(config)
-    method = c["method"] = c["method"] or "ham"
-    drawn = c["dataset"] == "demo"
-    c["tasks"] = c["tasks"] or (10 if c["dataset"] in ("demo", "cub200") else 20)
-    c["tasks"] = 1 if method == "joint" else c["tasks"]
-    if drawn and (c["model"] not in (None, "demo_vit") or c["weights"]):
-        raise InputError("the demo pre-trains its own model: drop --model and --weights")
-    c["model"], cfg = model_cfg("demo_vit" if drawn else c["model"])
-    c["img_size"] = c["img_size"] or cfg["input_size"][-1]
-    whole = c["dataset"] in ("demo", "cifar100")  # a crop would cut off what little there is
-    c["crop_pct"] = c["crop_pct"] or (1.0 if whole else cfg["crop_pct"])
-    c["epochs"] = c["epochs"] or (10 if drawn else 5)
-    few = c["dataset"] in LARGE and (c["images_per_class"] or math.inf) <= FEW
-    own = None if few else LEARNING_RATE.get((method, c["dataset"]))
-    c["lr"] = c["lr"] or own or LEARNING_RATE.get(method)
-    if method == "average":  # one group that every adapter joins; nothing pruned, no scalars
-        c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
-        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
-    elif method in ("sequential", "joint", "frozen"):
-        c |= dict.fromkeys(GROUPING) | {"train_alpha": False}
-    if method == "frozen":
-        c |= dict.fromkeys(TRAINING) | {"read_out": "class-mean"}
-    c["device"], c["precision"] = pick_device(c["device"], c["precision"])
-    return type(config)(**c)
-
-
-def check_ranges(config):
-    """Raise InputError for the first setting that is out of its range."""
-    c = dataclasses.asdict(config)
-    for f in dataclasses.fields(config):
-        value, meta = c[f.name], f.metadata
-        wrong = meta["choices"] and value not in meta["choices"]
-        if isinstance(value, int | float):
-            wrong = not meta["low"] <= value <= meta["high"]
-        if wrong and value is not None:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be {meta['limits']}")
-    if c["layers"] and not set(c["layers"].split(",")) <= {"qkv", "proj", "fc1", "fc2"}:
-        raise InputError(f"--layers {c['layers']}: any of qkv,proj,fc1,fc2, with commas between")
-    for key in ("weights", "split_file", "class_order"):
-        known = c[key] in (None, "random", "natural")
-        if not known and not Path(c[key]).is_file():
-            raise InputError(f"--{key.replace('_', '-')} {c[key]}: no such file")
-    known = {"demo", *datasets.SOURCES}
-    if c["dataset"] not in known and not Path(c["dataset"]).is_dir():
-        what = f"one of {', '.join(sorted(known))} or a folder with {{train,test}}/CLASS/*"
-        raise InputError(f"--dataset {c['dataset']}: must be {what}")
-    if c["split_file"] and c["dataset"] in known - {"imagenet_r"}:
-        raise InputError("--split-file is for imagenet_r and folders: the others have their own")
-    if c["name"] and "/" in c["name"]:
-        raise InputError(f"--name {c['name']}: part of a folder's name, without /")
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -217,19 +71,19 @@ def check_ranges(config):
 # Trained on task i: A_i, B_i, α_i and every α_Gj. Frozen: W0 and every ΔW_Gj (third-party review).
 
 
-def effective_weight(w0, groups, alpha_groups, b, a, alpha):
+def effective_weight(w0, delta_w_groups, alpha_groups, b, a, alpha):
     """(1) The weight that a layer multiplies with while task i is trained.
 
-    w0 (d, k), groups (M, d, k), alpha_groups (M,), b (d, r), a (r, k), alpha () -> (d, k).
+    w0 (d, k), delta_w_groups (M, d, k), alpha_groups (M,), b (d, r), a (r, k), alpha () -> (d, k).
     Call it outside autocast: a share of an update is below bf16's step at W0's size.
     """
-    return w0 + torch.tensordot(alpha_groups, groups, dims=1) + alpha * (b @ a)
+    return w0 + torch.tensordot(alpha_groups, delta_w_groups, dims=1) + alpha * (b @ a)
 
 
 def new_adapter(w0, rank, seed):
     """B = 0, so that it changes no output; A Kaiming uniform, the same for every task of a run.
 
-    w0: dict name: (d, k) -> dict name: (b (d, r), a (r, k)). One start: our choice.
+    w0: dict layer: (d, k) -> dict layer: (b (d, r), a (r, k)). One start: our choice.
     """
     random, adapter = torch.Generator().manual_seed(seed), {}
     for name, w in w0.items():
@@ -239,31 +93,26 @@ def new_adapter(w0, rank, seed):
     return adapter
 
 
-# --------------------------------------------------------------------------------- Adapter algebra
-# Pure functions. An update ΔW of one layer is a matrix (d, k) or factors (b, a) with ΔW = b @ a.
+# ------------------------------------------------------------------------------------------- Group
+# (2)  s_j = cos(ΔW_i, ΔW_Gj); join the most similar group if s > τ, else open one while M < G_max
 
 
-def dense(update):
-    """An update as a matrix: (b (d, r), a (r, k)) or (d, k) -> (d, k)."""
-    return update[0] @ update[1] if isinstance(update, tuple) else update
-
-
-def factors(adapter):
-    """The tensors of an adapter, layer by layer. dict name: (b, a) -> [b, a, b, a, ...]"""
-    return [x for ba in adapter.values() for x in ba]
+def dense(delta_w):
+    """An update as a matrix: factors (b (d, r), a (r, k)) or already (d, k) -> (d, k)"""
+    return delta_w[0] @ delta_w[1] if isinstance(delta_w, tuple) else delta_w
 
 
 def flat(delta_w):
-    """ΔW of all layers as one vector. dict name: update -> (P,)"""
-    return torch.cat([dense(update).flatten() for update in delta_w.values()])
+    """The updates of all layers as one vector. dict layer: factors or (d, k) -> (P,)"""
+    return torch.cat([dense(x).flatten() for x in delta_w.values()])
 
 
-def cosine_similarity(delta, groups):
+def cosine_similarity(delta_w, delta_w_groups):
     """(2) s_j = <ΔW_i, ΔW_Gj> / (|ΔW_i| |ΔW_Gj|). Abstract; over all layers at once: our choice.
 
-    delta (P,), groups: M vectors (P,) -> list of M floats in [-1, 1].
+    delta_w (P,), delta_w_groups: M vectors (P,) -> list of M floats in [-1, 1].
     """
-    return [F.cosine_similarity(delta, group, dim=0).clamp(-1, 1).item() for group in groups]
+    return [F.cosine_similarity(delta_w, g, dim=0).clamp(-1, 1).item() for g in delta_w_groups]
 
 
 def assign_group(similarities, tau, g_max):
@@ -277,46 +126,43 @@ def assign_group(similarities, tau, g_max):
     return int(np.argmax(similarities))
 
 
+# --------------------------------------------------------------------------- Prune, scale and merge
+# (3)  P(x): the fraction ρ of largest magnitude, the rest 0
+# (4)  ΔW_G <- share_i α_i P(B_i) P(A_i) + share_G α_G ΔW_G,  α_G <- 1
+
+
 def prune(x, rho):
     """(3) Keep the round(ρ n) >= 1 entries of largest magnitude, zero the others.
 
-    x: any shape, n entries -> same shape. Pruning: abstract; magnitude as measure: our choice.
+    x: any shape, n entries -> same shape. Pruning: abstract; by magnitude, and of A and B each by
+    itself, so that groups stay factors: our choice.
     """
     keep = max(1, round(rho * x.numel()))
     kept = x.abs().flatten().topk(keep, sorted=False).indices
     return torch.zeros_like(x).flatten().index_copy(0, kept, x.flatten()[kept]).view_as(x)
 
 
-def prune_update(update, rho, how):
-    """(3) for one layer's factors (b, a): each by itself ("factors"), or b @ a ("product")."""
-    if how == "factors" or rho == 1:
-        return tuple(prune(factor, rho) for factor in update)
-    return prune(dense(update), rho)
-
-
-def shares(n, alpha_group, alpha, how, gain=1.0):
-    """(4) Scale: what the new member and its group of n are multiplied with before they are added.
+def shares(n, how):
+    """(4) Scale: the shares of a new member and of its group of n. int, str -> float, float
 
     solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, at α_G = 1 the mean of what each task ended with
     mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), the mean of what each task added
     sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
-    With a gain, the new member's 1 / (n + 1) is min(n + 1, gain) / (n + 1): inf is the sum.
+    Scaling by importance: review; sharing a group out, and as which mean: our choice.
     """
-    gain = math.inf if how == "sum" else gain
-    new = min(n + 1, gain) / (n + 1)
-    old = new * n / min(n, gain) if how == "mean" and n else 1.0
-    return alpha * new, alpha_group * old
+    new = 1.0 if how == "sum" else 1 / (n + 1)
+    return new, new * n if how == "mean" else 1.0
 
 
-def merge(updates, weights):
-    """(4) ΔW_G = Σ_m w_m ΔW_m for one layer, by concatenating factors along the rank (review).
+def merge(updates, scales):
+    """(4) ΔW_G = Σ_m s_m ΔW_m for one layer, by concatenating factors along the rank (review).
 
-    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); weights: m floats -> (b, a) while these are
+    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a) while these are
     smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
     """
     if not all(isinstance(update, tuple) for update in updates):
-        return sum(w * dense(update) for w, update in zip(weights, updates))
-    b = torch.cat([w * b for w, (b, _) in zip(weights, updates)], dim=1)  # (d, Σ r_m)
+        return sum(s * dense(update) for s, update in zip(scales, updates, strict=True))
+    b = torch.cat([s * b for s, (b, _) in zip(scales, updates, strict=True)], dim=1)  # (d, Σ r_m)
     a = torch.cat([a for _, a in updates], dim=0)  # (Σ r_m, k)
     return (b, a) if b.numel() + a.numel() < b.shape[0] * a.shape[1] else b @ a
 
@@ -328,7 +174,7 @@ def merge(updates, weights):
 class Group:
     """One group: its adapter ΔW_G, its importance α_G, the tasks that were merged into it."""
 
-    delta_w: dict = field(default_factory=dict)  # name: (b, a) or (d, k)
+    delta_w: dict  # layer: (b, a) or (d, k)
     alpha: float = 1.0
     members: list = field(default_factory=list)
 
@@ -337,103 +183,147 @@ class Group:
 class Trainable:
     """What task i trains (adapter, alpha, alpha_groups, head), and the frozen groups under it."""
 
-    adapter: dict  # name: (b (d, r), a (r, k))
-    groups: dict  # name: (M, d, k)
+    adapter: dict  # layer: (b (d, r), a (r, k))
+    delta_w_groups: dict  # layer: (M, d, k)
     alpha: torch.Tensor  # ()
     alpha_groups: torch.Tensor  # (M,)
-    head: torch.Tensor = None  # (classes of the task, D), one row per class
+    head: torch.Tensor = None  # (classes of the task, D), one row per class; `train_task` makes it
 
     def weights(self, w0):
-        """(1) for every layer. w0: dict name: (d, k) -> dict name: (d, k)"""
+        """(1) for every layer. w0: dict layer: (d, k) -> dict layer: (d, k)"""
         weights = {}
         for name, w in w0.items():
-            stacked = self.groups[name], self.alpha_groups
-            weights[name] = effective_weight(w, *stacked, *self.adapter[name], self.alpha)
+            groups = self.delta_w_groups[name], self.alpha_groups
+            weights[name] = effective_weight(w, *groups, *self.adapter[name], self.alpha)
         return weights
 
-    def parameters(self, c):
+    def parameters(self, config):
         """What the optimiser moves, at which rates: torch's parameter groups."""
-        scalars = {"params": [self.alpha, self.alpha_groups], "lr": c.lr_alpha}
-        groups = [{"params": factors(self.adapter), "lr": c.lr}]
-        groups += [{"params": [self.head], "lr": c.lr_head}]
-        return groups + [scalars] * c.train_alpha
+        factors = [x for ba in self.adapter.values() for x in ba]
+        moved = [
+            {"params": factors, "lr": config.lr},
+            {"params": [self.head], "lr": config.lr_head},
+        ]
+        scalars = {"params": [self.alpha, self.alpha_groups], "lr": config.lr_alpha}
+        return moved + [scalars] * config.train_alpha
+
+    def detached(self):
+        """The adapter as plain tensors. -> dict layer: (b, a)"""
+        return {name: tuple(x.detach() for x in ba) for name, ba in self.adapter.items()}
 
 
 class HAM:
-    """What is carried from task to task: at most G_max groups. W0 is referred to, never changed."""
+    """What is carried from task to task: at most G_max groups. W0 is referred to, never changed.
+
+    w0: dict layer: (d, k); config: rank, tau, g_max, grouping, rho, merge, train_alpha, seed and
+    device of the settings at the end of this file.
+    """
 
     def __init__(self, w0, config):
         self.w0, self.config, self.groups = w0, config, []
-        self.draw = np.random.RandomState(config.seed)  # for --grouping random
-        self.one_adapter = config.method in ("sequential", "joint")  # trained on and on
+        self.random = np.random.RandomState(config.seed)  # for --grouping random
 
     def start(self):
-        """Leaf tensors for task i. α_i starts at 1, each α_G where the task before left it.
+        """A new adapter on top of all groups."""
+        return self.trainable(new_adapter(self.w0, self.config.rank, self.config.seed), self.groups)
 
-        ham: a new adapter on all groups; average: on the bare model; sequential: the old adapter.
-        """
-        c, again = self.config, self.one_adapter and self.groups
-        under = [] if self.one_adapter or c.method == "average" else self.groups
-        adapter = self.groups[0].delta_w if again else new_adapter(self.w0, c.rank, c.seed)
-        stacked = {  # w[None][:0]: an empty stack, for no groups
-            name: torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in under)])
-            for name, w in self.w0.items()
-        }
+    def trainable(self, adapter, groups):
+        """Leaf tensors for task i. α_i starts at 1, each α_G where the task before left it."""
+        stacks = {}  # w[None][:0]: an empty stack (0, d, k), for no groups
+        for name, w in self.w0.items():
+            stacks[name] = torch.cat([w[None][:0], *(dense(g.delta_w[name])[None] for g in groups)])
+        leaf = {"device": self.config.device, "requires_grad": self.config.train_alpha}
         return Trainable(
             {name: tuple(x.clone().requires_grad_() for x in ba) for name, ba in adapter.items()},
-            stacked,
-            torch.ones((), device=c.device, requires_grad=c.train_alpha),
-            torch.tensor([g.alpha for g in under], device=c.device, requires_grad=c.train_alpha),
+            stacks,
+            alpha=torch.ones((), **leaf),
+            alpha_groups=torch.tensor([g.alpha for g in groups], **leaf),
         )
 
-    def penalty(self, p, loss):
-        """What is added to the cross-entropy: nothing in HAM."""
-        return 0.0
-
-    def finish(self, task, p):
+    def finish(self, task, trained):
         """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers"""
-        c, record = self.config, {"alpha": p.alpha.item(), "alpha_groups": p.alpha_groups.tolist()}
-        adapter = {name: tuple(x.detach() for x in ba) for name, ba in p.adapter.items()}
-        if self.one_adapter:
-            self.groups = [Group(adapter)]
-            return record | {"group": None, "similarities": None, "group_sizes": None}
-        for group, value in zip(self.groups, record["alpha_groups"]):
+        config, adapter, alpha = self.config, trained.detached(), trained.alpha.item()
+        for group, value in zip(self.groups, trained.alpha_groups.tolist()):
             group.alpha = value
-        similarities = cosine_similarity(flat(adapter), (flat(g.delta_w) for g in self.groups))
-        j = assign_group(similarities, c.tau, c.g_max)
-        if c.grouping == "random" and j < len(self.groups):
-            j = int(self.draw.randint(len(self.groups)))  # not whether to join, but which
+        similarities = cosine_similarity(flat(adapter), [flat(g.delta_w) for g in self.groups])
+        j = assign_group(similarities, config.tau, config.g_max)  # (2)
+        if config.grouping == "random" and j < len(self.groups):
+            j = int(self.random.randint(len(self.groups)))  # not whether to join, but which
         if j == len(self.groups):
-            self.groups.append(Group())
-        self.join(self.groups[j], task, adapter, record["alpha"])
-        sizes = [len(g.members) for g in self.groups]
-        return record | {"group": j, "similarities": similarities, "group_sizes": sizes}
+            self.groups.append(Group({}))
+        self.join(self.groups[j], task, adapter, alpha)
+        return {
+            "alpha": alpha,
+            "alpha_groups": trained.alpha_groups.tolist(),
+            "group": j,
+            "similarities": similarities,
+            "group_sizes": [len(g.members) for g in self.groups],
+        }
 
     def join(self, group, task, adapter, alpha):
-        """(3), (4) Put task i into a group, in place; an empty one becomes α_i prune(ΔW_i)."""
-        c, n = self.config, len(group.members)
-        weights = shares(n, group.alpha, alpha, c.merge, c.gain or 1.0)
-        for name, ba in adapter.items():
-            new = prune_update(ba, c.rho, c.prune)
-            old = [group.delta_w[name]] if n else []
-            group.delta_w[name] = merge([new, *old], weights[: n + 1])
+        """Put task i into a group, in place; an empty one becomes α_i P(B_i) P(A_i)."""
+        rho, n = self.config.rho, len(group.members)
+        new, old = shares(n, self.config.merge)
+        for name, (b, a) in adapter.items():
+            updates, scales = [(prune(b, rho), prune(a, rho))], [alpha * new]  # (3)
+            if n:
+                updates, scales = [*updates, group.delta_w[name]], [*scales, group.alpha * old]
+            group.delta_w[name] = merge(updates, scales)  # (4)
         group.members.append(task)
         group.alpha = 1.0  # the old α_G is in ΔW_G now (our choice)
 
-    def kept(self):
-        """The tensors that are stored for the next task and for inference."""
-        updates = [update for group in self.groups for update in group.delta_w.values()]
-        return [x for u in updates for x in (u if isinstance(u, tuple) else (u,))]
-
     def folded(self):
-        """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict name: new (d, k)"""
+        """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict layer: new (d, k)"""
         return {
             name: w + sum(g.alpha * dense(g.delta_w[name]) for g in self.groups)
             for name, w in self.w0.items()
         }
 
+    def state(self):
+        """What `restore` needs: tensors and plain values."""
+        random = [x.tolist() if isinstance(x, np.ndarray) else x for x in self.random.get_state()]
+        return {"groups": [vars(group) for group in self.groups], "random": random}
 
-# -------------------------------------------------------------------------------------------- Head
+    def restore(self, state):
+        self.groups = [Group(**group) for group in state["groups"]]
+        self.random.set_state(state["random"])
+
+    def stored(self):
+        """The tensors that are kept for the next task and for inference."""
+        updates = [x for group in self.groups for x in group.delta_w.values()]
+        return [
+            x for update in updates for x in (update if isinstance(update, tuple) else (update,))
+        ]
+
+
+# ---------------------------------------------------------------------------------------- Controls
+
+
+class Sequential(HAM):
+    """One LoRA trained on and on, α = 1. With all classes as one task it is `joint`."""
+
+    def start(self):
+        """The adapter that the task before left, on the bare model."""
+        return self.trainable(self.groups[0].delta_w, []) if self.groups else super().start()
+
+    def finish(self, task, trained):
+        self.groups = [Group(trained.detached())]
+        return {"alpha": 1.0, "alpha_groups": []}
+
+
+class Average(HAM):
+    """The mean of adapters trained each alone: one group, α = 1, τ = -1, ρ = 1, `mean`."""
+
+    def start(self):
+        """A new adapter on the bare model."""
+        return self.trainable(new_adapter(self.w0, self.config.rank, self.config.seed), [])
+
+
+METHODS = {"ham": HAM, "sequential": Sequential, "average": Average, "joint": Sequential}
+METHODS["frozen"] = HAM  # of no layer: nothing is trained
+
+
+# ---------------------------------------------------------------------------------- Head and train
 # A class is a unit vector and a logit a cosine, whether the vector is trained or a class mean.
 
 SCALE = 16.0  # of the cosines in the training loss (our choice)
@@ -445,13 +335,388 @@ def class_means(features, labels, classes):
     return F.normalize(torch.stack([unit[labels == c].mean(0) for c in classes]), dim=1)
 
 
-def cosine_logits(features, rows):
-    """features (N, D), rows (C, D) -> (N, C) in [-1, 1]"""
-    return F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T
+def cosine_logits(features, class_rows):
+    """features (N, D), class_rows (C, D) -> (N, C) in [-1, 1]"""
+    return F.normalize(features, dim=1) @ F.normalize(class_rows, dim=1).T
+
+
+def task_loss(trained, features, labels):
+    """Cross-entropy over the task's classes only (our choice).
+
+    features (n, D), labels (n,) in 0..classes of the task - 1 -> ()
+    """
+    return F.cross_entropy(SCALE * cosine_logits(features, trained.head), labels)
+
+
+def train_task(vit, method, data, task, loss=task_loss):
+    """Train A_i, B_i, α_i, every α_G and the task's head rows on the images of task i.
+
+    AdamW without weight decay, learning rates falling to 0 by a cosine; horizontal flips; head rows
+    start as class means (all our choice). -> Trainable, log with one [loss, α_i] per step.
+    """
+    config, classes, trained = method.config, data.tasks[task], method.start()
+    with torch.no_grad():
+        weights = trained.weights(method.w0)
+    features, labels = extract(vit, weights, data, "train", classes, config)
+    # Means of the features as they are: rows of unit length would turn too far at this rate.
+    means = [features[labels == c].mean(0) for c in classes]
+    trained.head = torch.stack(means).clone().requires_grad_()
+    images, labels = data.images("train", classes)[0], labels - classes[0]
+    optimiser = torch.optim.AdamW(trained.parameters(config), weight_decay=0.0)
+    steps = config.epochs * math.ceil(len(images) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    random, log = torch.Generator().manual_seed(1000 * config.seed + task), []
+    bar = tqdm(total=steps, desc=f"task {task + 1}/{config.tasks}", leave=False, disable=None)
+    for _ in range(config.epochs):
+        for batch in torch.randperm(len(images), generator=random).split(config.batch_size):
+            flip = torch.rand(len(batch), generator=random) < 0.5
+            x = data.batch(images[batch], config.device, flip)  # (n, 3, S, S)
+            weights = trained.weights(method.w0)  # (1), fp32, one weight per layer and step
+            with autocast(config):
+                features = functional_call(vit, weights, x)  # (n, D)
+            value = loss(trained, features.float(), labels[batch.to(config.device)])
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            schedule.step()
+            log.append(torch.stack([value.detach(), trained.alpha.detach()]))  # no synchronisation
+            bar.update()
+    bar.close()
+    return trained, torch.stack(log).tolist()
+
+
+# --------------------------------------------------------------------------- Evaluate and measures
+# a[t][j]: accuracy (%) on the test images of task j after task t, over all classes seen so far.
+
+
+@torch.inference_mode()
+def extract(vit, weights, data, part, classes, config):
+    """Features of the "train" or "test" images of some classes under given weights.
+
+    weights: dict layer: (d, k) -> features (n, D) fp32, labels (n,), on the device
+    """
+    (images, labels), features = data.images(part, classes), []
+    for batch in tqdm(images.split(128), f"{part} images", leave=False, disable=None):
+        with autocast(config):
+            features.append(functional_call(vit, weights, data.batch(batch, config.device)).float())
+    return torch.cat(features), labels.to(config.device)
+
+
+def autocast(config):
+    """bf16 inside the model; adapters, scalars, weights (1) and class means stay fp32."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def accuracies(logits, labels, tasks):
+    """Per cent right among all C classes, for each task; then of all images with the task known.
+
+    logits (N, C), labels (N,), tasks: ranges of classes -> list of floats, float
+    """
+    right, per_task, known = logits.argmax(1) == labels, [], 0
+    for t in tasks:
+        own = (labels >= t[0]) & (labels <= t[-1])
+        per_task.append(100 * right[own].double().mean().item())
+        known += (logits[own, t[0] : t[-1] + 1].argmax(1) + t[0] == labels[own]).sum().item()
+    return per_task, 100 * known / len(labels)
+
+
+def accuracy_so_far(per_task, sizes):
+    """A_t = correct / all test images seen so far. per_task: a[t]; sizes: test images of a task."""
+    return sum(a * n for a, n in zip(per_task, sizes)) / sum(sizes[: len(per_task)])
+
+
+def forgetting(matrix):
+    """Mean over j < T of max_{t<T} a[t][j] - a[T][j]; 0 for T = 1. Label-space growth included."""
+    last = len(matrix) - 1
+    drops = [max(matrix[t][j] for t in range(j, last)) - matrix[last][j] for j in range(last)]
+    return sum(drops) / last if last else 0.0
+
+
+def measures(matrix, sizes):
+    """The summary of an accuracy matrix in results.json; per cent, unrounded."""
+    so_far, last = [accuracy_so_far(per_task, sizes) for per_task in matrix], len(matrix) - 1
+    gained = [matrix[last][j] - matrix[j][j] for j in range(last)]
+    return {
+        "final_accuracy": so_far[-1],
+        "average_incremental_accuracy": sum(so_far) / len(so_far),
+        "forgetting": forgetting(matrix),
+        "backward_transfer": sum(gained) / last if last else 0.0,  # mean over j < T
+        "learning_accuracy": sum(per_task[-1] for per_task in matrix) / len(matrix),
+    }
+
+
+# --------------------------------------------------------------------------------------------- Run
+
+PARTS = ("train", "merge", "class_means", "evaluate")  # of a task's seconds
+RECORD = ("loss", "alpha", "alpha_groups", "group", "similarities", "group_sizes")
+RECORD += ("images_per_second", "head_accuracy")  # of a task; None where nothing is trained
+
+
+def run(config):
+    """One method over the sequence of tasks, as from the command line. config: Config
+
+    -> dict, what results.json holds. Raises InputError for a setting or file the user can mend.
+    """
+    given, config = config, resolve(config)
+    names = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
+    names = [k for k in names if k != "model" and f"{getattr(config, k)}" != f"{getattr(given, k)}"]
+    if names:
+        print(f"{config.method} ignores {', '.join(names)}", flush=True)
+    data, vit = load_data(config), build_vit(config)
+    if config.lr is None and config.method != "frozen":
+        n = sum(data.sizes("train")) / config.tasks
+        config = dataclasses.replace(config, lr=learning_rate(config.method, n))
+    w0 = {} if config.method == "frozen" else lora_layers(vit, config.layers)
+    return learn(vit, METHODS[config.method](w0, config), data)
+
+
+def learn(vit, method, data, loss=task_loss, resume=True):
+    """The loop over tasks; writes results.json, the model and, after each task, the state.
+
+    A run that was stopped goes on after its last task (resume). -> dict, what results.json holds
+    """
+    with result_folder(method.config) as folder:
+        if (folder / "results.json").is_file():
+            print(f"{folder} is complete; --restart makes it anew", flush=True)
+            return json.loads((folder / "results.json").read_text("utf-8"))
+        state, tested, sizes = begin(folder, vit, method, data, resume), [], data.sizes("train")
+        class_rows, records, config = state["class_rows"], state["records"], method.config
+        for task in range(len(records), config.tasks):
+            record, times = dict.fromkeys(RECORD), [time.perf_counter()] * 3
+            classes = data.tasks[task]
+            if method.w0:
+                trained, log = train_task(vit, method, data, task, loss)  # (1)
+                times[1:] = [time.perf_counter()] * 2
+                record |= method.finish(task, trained)  # (2) group, (3) prune, (4) scale, merge
+                times[2] = time.perf_counter()
+                class_rows["head"][list(classes)] = trained.head.detach()
+                losses = [value for value, _ in log[-(len(log) // config.epochs) :]]  # last epoch
+                record["loss"] = sum(losses) / len(losses)
+                record["images_per_second"] = config.epochs * sizes[task] / (times[1] - times[0])
+                tested = []  # the weights are others now; those of `frozen` never are
+            weights = method.folded()
+            means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
+            if not means.isfinite().all():
+                raise InputError(f"task {task + 1}: not finite any more; lower --lr {config.lr}")
+            class_rows["class-mean"][list(classes)] = means
+            times.append(time.perf_counter())
+            for old in data.tasks[len(tested) : task + 1]:
+                tested.append(extract(vit, weights, data, "test", old, config))
+            record |= evaluate(tested, class_rows, state["matrix"], data, config.read_out)
+            times.append(time.perf_counter())
+            record["seconds"] = dict(zip(PARTS, np.diff(times).tolist()))
+            records.append(record)
+            print_task(records, config)
+            if resume:
+                write_state(folder, state | {"method": method.state()})
+        return save(folder, vit, method, data, state, tested)
+
+
+def begin(folder, vit, method, data, resume):
+    """The state of a run that has learnt nothing yet, or that which a stopped one has left.
+
+    Prints all that the figures depend on.
+    """
+    zeros = torch.zeros(len(data.names), vit.num_features, device=method.config.device)
+    class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
+    state = {"settings": settings(method.config), "class_rows": class_rows, "records": []}
+    state |= {"matrix": {read_out: [] for read_out in class_rows}, "method": method.state()}
+    about = {k: v for k, v in dataclasses.asdict(method.config).items() if v is not None}
+    about |= {k: data.transform[k] for k in ("mean", "std")} | {"threads": torch.get_num_threads()}
+    about |= {"training images": sum(data.sizes("train")), "test images": sum(data.sizes("test"))}
+    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in about.items()), 79), flush=True)
+    if resume and (folder / "state.pt").is_file():
+        state = torch.load(folder / "state.pt", method.config.device, weights_only=True)
+        method.restore(state["method"])
+        print(f"{folder}: {len(state['records'])} tasks are learnt, going on", flush=True)
+    if resume:
+        write_state(folder, state)  # also tries, before hours of training, whether it can be
+    return state
+
+
+def write_state(folder, state):
+    """Whole or not at all: beside, synced, renamed."""
+    with (folder / "state.part").open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / "state.part").replace(folder / "state.pt")
+
+
+def evaluate(tested, class_rows, matrix, data, read_out):
+    """Test images of all classes seen: a row of each matrix. -> what the task's record says
+
+    tested: per task its test images' features (n, D) and labels (n,); matrix: grows by a row
+    """
+    features, labels = (torch.cat(x) for x in zip(*tested))
+    seen, sizes, record = data.tasks[: len(tested)], data.sizes("test"), {}
+    for name, rows in class_rows.items():
+        logits = cosine_logits(features, rows[: seen[-1][-1] + 1])
+        per_task, known = accuracies(logits, labels, seen)
+        matrix[name].append(per_task)
+        record[f"{name.replace('-', '_')}_accuracy"] = accuracy_so_far(per_task, sizes)
+        if name == read_out:
+            record |= {"accuracy": accuracy_so_far(per_task, sizes), "task_known_accuracy": known}
+    return record | {"forgetting": forgetting(matrix[read_out])}
+
+
+def summary(vit, method, data, state, tested):
+    """What results.json holds; accuracies in per cent, unrounded."""
+    config, every, n = method.config, range(len(data.names)), data.sizes("test")
+    records, matrix = state["records"], state["matrix"][config.read_out]
+    seconds = {part: sum(r["seconds"][part] for r in records) for part in PARTS}
+    weights = method.folded()
+    parts = [extract(vit, weights, data, "train", task, config) for task in data.tasks]
+    oracle = class_means(*(torch.cat(x) for x in zip(*parts)), every)  # never a result
+    tested = tested or [extract(vit, weights, data, "test", task, config) for task in data.tasks]
+    features, labels = (torch.cat(x) for x in zip(*tested))
+    lora = sum(config.rank * sum(w.shape) for w in method.w0.values())
+    stored = [*method.stored(), state["class_rows"][config.read_out]]
+    speed = dict.fromkeys(("training", "inference"))
+    if lora:
+        speed["training"] = config.epochs * sum(data.sizes("train")) / seconds["train"]
+        speed["inference"] = int(sum(np.cumsum(n))) / seconds["evaluate"]
+    keys = "task_known_accuracy", "head_accuracy", "class_mean_accuracy"
+    return {
+        "config": dataclasses.asdict(config),
+        **measures(matrix, n),
+        **{key: records[-1][key] for key in keys},
+        "class_mean_oracle": accuracies(cosine_logits(features, oracle), labels, [every])[1],
+        "accuracy_matrix": matrix,
+        "tasks": records,
+        "test_images_per_task": n,
+        "classes": data.names,
+        "class_order": data.order,
+        "parameters_trained": lora + (len(data.tasks[0]) * vit.num_features if lora else 0),
+        "parameters_stored": sum(x.numel() for x in stored),
+        "seconds": seconds,
+        "images_per_second": speed,
+        **environment(config),
+    }
+
+
+def print_task(records, config):
+    """A line for the last task; testing takes longer with every task."""
+    r, t, last = records[-1], len(records), config.tasks
+    text = f"task {t:2}/{last} accuracy {r['accuracy']:4.1f}  forgetting {r['forgetting']:4.1f}"
+    if config.method == "ham":
+        s, j = r["similarities"], r["group"]
+        how = f"joins {j} ({s[j]:+.2f})" if j < len(s) else f"opens {j}"
+        text += f"  α {r['alpha']:.2f}  {how:15}"
+    *fixed, tests = (sum(r["seconds"][part] for r in records) for part in PARTS)
+    left = (last / t - 1) * sum(fixed) + (last * (last + 1) / (t * (t + 1)) - 1) * tests
+    print(f"{text}  {tqdm.format_interval(left)} left", flush=True)
+
+
+# -------------------------------------------------------------------------------------------- Save
+
+FILES = ("config.json", "model.safetensors", "results.json")  # the last one says: complete
+
+
+@contextlib.contextmanager
+def result_folder(config):
+    """The run's folder, locked; refuses one that holds a run with other settings or is in use."""
+    parts = [Path(config.dataset).name, f"T{config.tasks}", config.method, config.name]
+    folder = Path(config.out) / "-".join(filter(None, [*parts, f"s{config.seed}"]))
+    cure, new = "give this one a --name or another --out", settings(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            old = {}
+            try:
+                if (folder / "results.json").is_file():
+                    old = json.loads((folder / "results.json").read_text("utf-8"))
+                    old = old["config"] | {k: old.get(k) for k in new if k.endswith("sha256")}
+                elif (folder / "state.pt").is_file():
+                    old = torch.load(folder / "state.pt", weights_only=True)["settings"]
+            except Exception as error:
+                what = f"{folder} holds a broken file, or another program's ({error!r:.99})"
+                raise InputError(f"{what}: move it away; or {cure}") from error
+            if other := [k for k, v in new.items() if old.get(k, v) != v]:
+                raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
+            for name in ("state.pt", *FILES) * config.restart:
+                (folder / name).unlink(missing_ok=True)
+            yield folder
+    except Timeout:
+        raise InputError(f"{folder}: another run is writing there; {cure}") from None
+
+
+def settings(config):
+    """What makes a run another one: all but where things lie; files by content."""
+    paths = ("out", "data_dir", "weights", "split_file", "restart")
+    files = {"weights_sha256": sha256(config.weights), "split_sha256": sha256(split_file(config))}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in paths} | files
+
+
+def save(folder, vit, method, data, state, tested=None):
+    """results.json, and the folded model as timm writes it; each file appears whole or not at all.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True) reads the model: its head has a row per
+    class, the unit class means.
+    """
+    results, size = summary(vit, method, data, state, tested), data.transform["size"]
+    class_rows, weights = state["class_rows"][method.config.read_out], method.folded()
+    part = folder / "part"
+    part.mkdir(exist_ok=True)
+    model = copy.deepcopy(vit).cpu()
+    model.reset_classifier(len(data.names))
+    head = {"head.weight": F.normalize(class_rows, dim=1), "head.bias": class_rows.sum(1) * 0}
+    model.load_state_dict(vit.state_dict() | weights | head, strict=True)
+    about = {k: data.transform[k] for k in ("mean", "std", "interpolation")}
+    about |= {"input_size": (3, size, size), "crop_pct": method.config.crop_pct}
+    about = {"label_names": data.names, "pretrained_cfg": about}
+    made = {"img_size": size} | getattr(vit, "made_with", {})  # the demo's ViT is no timm name
+    timm.models.save_for_hf(model, part, about, made, safe_serialization=True)
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    (part / "results.json").write_text(text, "utf-8")
+    for name in FILES:
+        (part / name).replace(folder / name)
+    part.rmdir()
+    keys = "final_accuracy", "average_incremental_accuracy", "forgetting"
+    print(", ".join(f"{key.replace('_', ' ')} {results[key]:.1f} %" for key in keys))
+    print(f"written: {folder}\n", flush=True)
+    return results
+
+
+def sha256(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
+def environment(config):
+    """What else the figures depend on: versions, hardware, files."""
+    cuda, cpuinfo, name = "cuda" in config.device, Path("/proc/cpuinfo"), platform.processor()
+    if cpuinfo.is_file() and "model name" in cpuinfo.read_text():  # Linux
+        name = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
+    name = torch.cuda.get_device_name(config.device) if cuda else name
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, timm, np)}
+    return {
+        "versions": {"python": platform.python_version()} | versions,
+        "hardware": f"{name}, {torch.get_num_threads()} threads",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(config.device) if cuda else None,
+        "ham_sha256": sha256(__file__),
+        **{k: v for k, v in settings(config).items() if k.endswith("sha256")},
+    }
 
 
 # -------------------------------------------------------------------------------------------- Data
 # Images are decoded once, into one uint8 tensor; all else is batched, on the training device.
+
+ARCHIVES = {
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    "imagenet_r": "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+    "cub200": "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+    "tiny_imagenet": "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+}
+MD5 = {
+    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
+    "imagenet_r": "a61312130a589d0ca1a8fca1f2bd3337",
+    "cub200": "97eceeb196236b17998738112f37df78",
+    "tiny_imagenet": "90528d7ca1a48142e341f4ef8d21d0de",
+}
+IMAGES = {"cifar100": (50_000, 10_000), "imagenet_r": (24_000, 6_000)}  # training, test
+IMAGES |= {"cub200": (5_994, 5_794), "tiny_imagenet": (100_000, 10_000)}
+SMALL = {"demo": 32, "cifar100": 32, "tiny_imagenet": 64}  # pixels; resized batch by batch
 
 
 @dataclass
@@ -459,22 +724,25 @@ class Data:
     """Images of all classes. Classes are numbered by their place in the class order, 0..C-1."""
 
     pixels: torch.Tensor  # (N, 3, H, W) uint8, training and test images
-    train: list  # per class: rows of pixels, (n,) long
+    train: list  # per class: indices into pixels, (n,) long
     test: list
     names: list  # per class
     order: list  # per class: its number in the data set
     tasks: list  # per task: the range of its classes
     transform: dict  # what `prepare` has left to do
 
-    def rows(self, part, classes):
-        """Rows of the "train" or "test" images of some classes, and their classes. -> (n,), (n,)"""
-        rows = [getattr(self, part)[c] for c in classes]
-        labels = [torch.full_like(r, c) for r, c in zip(rows, classes)]
-        return torch.cat(rows), torch.cat(labels)
+    def images(self, part, classes):
+        """Indices of the "train" or "test" images of some classes, and their classes. (n,), (n,)"""
+        own = [getattr(self, part)[c] for c in classes]
+        return torch.cat(own), torch.cat([torch.full_like(x, c) for x, c in zip(own, classes)])
 
-    def batch(self, rows, device, flip=None):
-        """rows (n,), flip (n,) bool -> (n, 3, size, size) float, what the model takes."""
-        pixels = self.pixels.index_select(0, rows.to(self.pixels.device)).to(device)
+    def sizes(self, part):
+        """Number of "train" or "test" images of each task."""
+        return [len(self.images(part, task)[0]) for task in self.tasks]
+
+    def batch(self, images, device, flip=None):
+        """images (n,), flip (n,) bool -> (n, 3, size, size) float, what the model takes."""
+        pixels = self.pixels.index_select(0, images.to(self.pixels.device)).to(device)
         return prepare(pixels, **self.transform, flip=None if flip is None else flip.to(device))
 
 
@@ -510,473 +778,418 @@ def class_order(names, how, seed):
     listed = [name for i in random.permutation(len(blocks)) for name in blocks[i]]
     if sorted(listed) != sorted(names):
         wrong = set(listed) ^ set(names) or {x for x in listed if listed.count(x) > 1}
-        raise InputError(f"--class-order {how}: {n} classes, each once; see {sorted(wrong)}")
+        raise InputError(f"--class-order {how}: {n} classes, each once; see {sorted(wrong)[:3]}")
     return [names.index(name) for name in listed]
 
 
-def split_tasks(n, tasks):
-    """n classes -> ranges of consecutive ones; the first n % tasks of them hold one more."""
-    if tasks > n:
-        raise InputError(f"--tasks {tasks}: the data set has only {n} classes")
-    return [range(part[0], part[-1] + 1) for part in np.array_split(np.arange(n), tasks)]
-
-
-def pick_rows(train_labels, test_labels, order, c):
-    """Rows of every class's training and test images; the test images lie behind the others.
+def load_data(config):
+    """Read, order, split and cap the data set of a resolved configuration. -> Data
 
     --validate: the last 10 % (at least 3) of a class's training images are its test images.
     """
-    train, test = [], []
+    pixels, labels, tests, names = read(config)
+    order, train, test = class_order(names, config.class_order, config.seed), [], []
+    if config.tasks > len(order):
+        raise InputError(f"--tasks {config.tasks}: the data set has only {len(order)} classes")
     for label in order:
-        learn = np.flatnonzero(train_labels == label)
-        judge = len(train_labels) + np.flatnonzero(test_labels == label)
-        if c.validate:
+        learn, judge = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
+        if config.validate:
             learn, judge = np.split(learn, [-max(3, len(learn) // 10)])
         if not len(learn) or not len(judge):
-            raise InputError(f"class {label}: {len(learn)} training and {len(judge)} test images")
-        train.append(torch.from_numpy(learn[: c.images_per_class]))
-        test.append(torch.from_numpy(judge[: c.test_images_per_class]))
-    return train, test
-
-
-def load_data(c):
-    """Read, order, split and cap the data set of a resolved configuration. -> Data"""
-    cfg = model_cfg(c.model)[1]
-    read = demo.read if c.dataset == "demo" else datasets.read
-    try:
-        pixels, *labels, names = read(c, cfg)
-    except OSError as error:
-        raise InputError(f"--dataset {c.dataset}, --data-dir {c.data_dir}: {error}") from None
-    order = class_order(names, c.class_order, c.seed)
-    train, test = pick_rows(*map(np.asarray, labels), order, c)
-    small = c.dataset in ("demo", "cifar100", "tiny_imagenet")  # others are cropped when decoded
-    transform = {"size": c.img_size, "crop_pct": c.crop_pct if small else 1.0}
-    transform |= {k: cfg[k] for k in ("interpolation", "mean", "std")}
-    if c.norm == "unit":
+            raise InputError(f"{names[label]}: {len(learn)} training and {len(judge)} test images")
+        train.append(torch.from_numpy(learn[: config.images_per_class]))
+        test.append(torch.from_numpy(judge[: config.test_images_per_class]))
+    cfg, small = pretrained_cfg(config.model), config.dataset in SMALL  # others: already cropped
+    transform = {"size": config.img_size, "crop_pct": config.crop_pct if small else 1.0}
+    transform |= {k: getattr(cfg, k) for k in ("interpolation", "mean", "std")}
+    if config.norm == "unit":
         transform |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if "cuda" in c.device and pixels.nbytes < torch.cuda.mem_get_info(c.device)[0] / 2:
-        pixels = pixels.to(c.device)
-    names = [names[label] for label in order]
-    return Data(pixels, train, test, names, order, split_tasks(len(names), c.tasks), transform)
+    if "cuda" in config.device and pixels.nbytes < torch.cuda.mem_get_info(config.device)[0] / 2:
+        pixels = pixels.to(config.device)
+    # The first C % T tasks hold one class more.
+    tasks = [range(x[0], x[-1] + 1) for x in np.array_split(np.arange(len(order)), config.tasks)]
+    return Data(pixels, train, test, [names[x] for x in order], order, tasks, transform)
 
 
-# ---------------------------------------------------------------------------------------- Measures
-# a[t][j]: accuracy (%) on the test images of task j after task t, over all classes seen so far.
+def read(config):
+    """A data set in its own order -> pixels (N, 3, S, S) uint8, labels, is it a test image, names.
 
-
-def accuracy_so_far(row, sizes):
-    """A_t = correct / all test images seen so far. row: a[t], sizes: test images of every task."""
-    return sum(a * n for a, n in zip(row, sizes)) / sum(sizes[: len(row)])
-
-
-def forgetting(matrix):
-    """Mean over j < T of max_{t<T} a[t][j] - a[T][j]; 0 for T = 1. Label-space growth included."""
-    last = len(matrix) - 1
-    drops = [max(matrix[t][j] for t in range(j, last)) - matrix[last][j] for j in range(last)]
-    return sum(drops) / last if last else 0.0
-
-
-def backward_transfer(matrix):
-    """Mean over j < T of a[T][j] - a[j][j]; 0 for T = 1."""
-    last = len(matrix) - 1
-    return sum(matrix[last][j] - matrix[j][j] for j in range(last)) / last if last else 0.0
-
-
-def measures(matrix, sizes):
-    """The summary of an accuracy matrix in results.json; per cent, unrounded."""
-    so_far = [accuracy_so_far(row, sizes) for row in matrix]
-    return {
-        "final_accuracy": so_far[-1],
-        "average_incremental_accuracy": sum(so_far) / len(so_far),
-        "forgetting": forgetting(matrix),
-        "backward_transfer": backward_transfer(matrix),
-        "learning_accuracy": sum(row[-1] for row in matrix) / len(matrix),
-    }
-
-
-# ------------------------------------------------------------------------------------------- Train
-
-
-def train_task(vit, ham, data, task):
-    """Train A_i, B_i, α_i, every α_G and the task's head rows; cross-entropy over its classes only.
-
-    AdamW without weight decay, learning rates falling to 0 by a cosine; horizontal flips; head rows
-    start as class means (all our choice). -> Trainable, log with one [loss, α_i] per step.
+    Its folder is downloaded and unpacked where it is missing, its images are decoded once.
     """
-    c, classes, p = ham.config, data.tasks[task], ham.start()
-    rows, labels = data.rows("train", classes)
-    labels = (labels - classes[0]).to(c.device)
-    with torch.no_grad():
-        features = extract(vit, p.weights(ham.w0), data, rows, c)
-    # Means of the features as they are: rows of unit length would turn too far at this rate.
-    means = [features[labels == k].mean(0) for k in range(len(classes))]
-    p.head = torch.stack(means).clone().requires_grad_()
-    optimiser = torch.optim.AdamW(p.parameters(c), weight_decay=0.0)
-    steps = c.epochs * math.ceil(len(rows) / c.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    random, log = torch.Generator().manual_seed(1000 * c.seed + task), []
-    with tqdm(total=steps, desc=f"task {task + 1}/{c.tasks}", leave=False, disable=None) as bar:
-        for _ in range(c.epochs):
-            for batch in torch.randperm(len(rows), generator=random).split(c.batch_size):
-                flip = torch.rand(len(batch), generator=random) < 0.5
-                x, y = data.batch(rows[batch], c.device, flip), labels[batch.to(c.device)]
-                loss = train_step(vit, ham, p, x, y, optimiser)
-                schedule.step()
-                log.append(torch.stack([loss.detach(), p.alpha.detach()]))  # no synchronisation
-                if not bar.disable and bar.n % 20 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-                bar.update()
-    return p, torch.stack(log).tolist()
+    name, data_dir, cure = config.dataset, Path(config.data_dir), ""
+    if name == "demo":
+        return demo().read(config.seed)
+    root, wanted = Path(name), IMAGES.get(name)
+    if wanted:
+        archive = data_dir / ARCHIVES[name].split("/")[-1]
+        root = data_dir / archive.name.split(".")[0]
+        cure = f"; {root} comes from {ARCHIVES[name]} (md5 {MD5[name]}): move away what is wrong, "
+        cure += f"or put {archive.name} into {data_dir} by hand"
+    try:
+        if wanted and not root.is_dir():
+            fetch(ARCHIVES[name], MD5[name], archive, root)
+        images, labels, tests, names = read_layout(name, root, split_file(config))
+        labels, tests = np.asarray(labels), np.asarray(tests)
+        found = (int((~tests).sum()), int(tests.sum()))
+        if wanted and (sum(found) != sum(wanted) or (found != wanted and not config.split_file)):
+            raise ValueError(f"{found} training and test images instead of {wanted}")
+        images = images if torch.is_tensor(images) else decode(images, root, config)
+        return images, labels, tests, names
+    except Exception as error:  # of torchvision, PIL, tarfile, the network: each has its own
+        raise InputError(f"--dataset {name}: {error}{cure}") from error
 
 
-def train_step(vit, ham, p, x, y, optimiser):
-    """One step on x (n, 3, S, S), y (n,) in 0..classes of the task - 1. -> loss ()"""
-    weights = p.weights(ham.w0)  # (1), fp32, one weight per layer and step
-    with autocast(ham.config):
-        features = functional_call(vit, weights, x)
-    loss = F.cross_entropy(SCALE * cosine_logits(features.float(), p.head), y)
-    optimiser.zero_grad()
-    (loss + ham.penalty(p, loss)).backward()
-    optimiser.step()
-    return loss
+def fetch(url, md5, archive, root):
+    """Make a data set's folder from its archive, which is downloaded where it is not there."""
+    part = root.with_name(root.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    if not archive.is_file():
+        utils.download_and_extract_archive(url, part, md5=md5)
+    elif utils.check_integrity(archive, md5):
+        utils.extract_archive(archive, part)
+    else:
+        raise ValueError(f"{archive} is not whole, or not that file")
+    (part / root.name).rename(root)
+    shutil.rmtree(part)
 
 
-# ---------------------------------------------------------------------------------------- Evaluate
+def read_layout(name, root, split):
+    """The official layouts -> files or pixels, labels, is it a test image (all N), class names."""
+    if name == "cifar100":  # pickles of 32 px images
+        train, test = (CIFAR100(root.parent, part) for part in (True, False))
+        files = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
+        files, labels, names = files.contiguous(), train.targets + test.targets, train.classes
+    elif name == "cub200":  # tables that give each image a class and a side of the split
+        tables = "images", "image_class_labels", "train_test_split", "classes"
+        lines = [(root / f"{table}.txt").read_text().splitlines() for table in tables]
+        files, labels, train, names = ([x.split()[1] for x in table] for table in lines)
+        files, labels = [root / "images" / x for x in files], [int(x) - 1 for x in labels]
+        return files, labels, np.array(train, int) == 0, names
+    elif name == "tiny_imagenet":  # its validation images are the test images, all in one folder
+        train = ImageFolder(root / "train")
+        lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+        test, wnids = zip(*(line.split("\t")[:2] for line in lines))
+        files = [x for x, _ in train.samples] + [root / "val" / "images" / x for x in test]
+        labels, names = train.targets + [train.class_to_idx[x] for x in wnids], train.classes
+    elif split:  # CLASS/*, and a list of those that are test images
+        every, listed = ImageFolder(root), set(split.read_text("utf-8-sig").split("\n")) - {""}
+        files = [x for x, _ in every.samples]
+        relative = [Path(x).relative_to(root).as_posix() for x in files]
+        if missing := listed - set(relative):
+            raise ValueError(
+                f"{len(missing):,} of {split} are not there: {sorted(missing)[:3]} ..."
+            )
+        return files, every.targets, [x in listed for x in relative], every.classes
+    else:
+        train, test = (ImageFolder(root / part) for part in ("train", "test"))
+        if other := set(train.classes) ^ set(test.classes):
+            raise ValueError(f"{len(other)} classes in train or test only: {sorted(other)[:3]}")
+        files, labels = zip(*(train.samples + test.samples))
+        names = train.classes
+    return files, labels, np.arange(len(labels)) >= len(train), names
 
 
-@torch.inference_mode()
-def extract(vit, weights, data, rows, c, batch_size=128):
-    """Features of images under given weights. rows (n,) -> (n, D) fp32, on the device"""
-    features = []
-    for batch in rows.split(batch_size):
-        with autocast(c):
-            features.append(functional_call(vit, weights, data.batch(batch, c.device)).float())
-    return torch.cat(features)
+def split_file(config):
+    """The list of test images in use; None where the data set says itself which they are."""
+    if config.split_file or config.dataset != "imagenet_r":
+        return config.split_file and Path(config.split_file)
+    found = [*Path(__file__).parent.glob("imagenet_r_test.txt")]
+    found += Path(__file__).parent.glob("extras/imagenet_r_test.txt")
+    if not found:
+        raise InputError("imagenet_r_test.txt is not beside ham.py or in extras/: --split-file")
+    return found[0]
 
 
-def accuracies(logits, labels, tasks):
-    """Per cent right among all C classes, for each task; then of all images with the task known.
+def decode(files, root, config):
+    """Image files -> (N, 3, S, S) uint8, resized and cropped by timm's own test transform.
 
-    logits (N, C), labels (N,), tasks: ranges of classes -> list of floats, float
+    Written once, whole or not at all, and memory-mapped, so that it may exceed memory; the name
+    is a hash of all that went into it: names, sizes and times of the files, and the transform.
     """
-    right, per_task, known = logits.argmax(1) == labels, [], 0
-    for t in tasks:
-        own = (labels >= t[0]) & (labels <= t[-1])
-        per_task.append(100 * right[own].double().mean().item())
-        known += (logits[own, t[0] : t[-1] + 1].argmax(1) + t[0] == labels[own]).sum().item()
-    return per_task, 100 * known / len(labels)
+    small, cfg = SMALL.get(config.dataset), pretrained_cfg(config.model)
+    how = {"input_size": (3, *[small or config.img_size] * 2), "interpolation": cfg.interpolation}
+    how["crop_pct"] = 1.0 if small else config.crop_pct
+    stats = [(str(file)[len(str(root)) :], Path(file).stat()) for file in files]
+    key = json.dumps([how, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
+    key = f"{how['input_size'][1]}px-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    cache = Path(config.data_dir) / "cache" / f"{root.name}-{key}.npy"
+    resize, crop = timm.data.create_transform(**how).transforms[:2]
+
+    def pixels(file):
+        try:
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode.startswith("I"):
+                raise OSError("more than 8 bit per channel: convert it")
+            image = image.convert("RGB")
+        except Exception as error:  # noqa: BLE001, PIL has many for broken files
+            raise ValueError(f"{file} is not a readable image ({error})") from None
+        return np.asarray(crop(resize(image))).transpose(2, 0, 1).tobytes()
+
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")), ThreadPoolExecutor() as pool:
+        if not cache.is_file():
+            part, shape = cache.with_suffix(".part"), (len(files), *how["input_size"])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with part.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for i in tqdm(range(0, len(files), 1000), "decoding, thousands", disable=None):
+                    file.writelines(pool.map(pixels, files[i : i + 1000]))
+            part.rename(cache)
+    return torch.from_numpy(np.load(cache, mmap_mode="c"))
 
 
-class Classifier(torch.nn.Module):
-    """A finished run as a plain module: the ViT with all groups folded in, one row per class."""
-
-    def __init__(self, vit, rows, names, transform):
-        super().__init__()
-        self.vit, self.names = vit, names
-        self.register_buffer("rows", rows)  # (C, D)
-        self.transform = timm.data.create_transform(**transform)
-
-    def forward(self, x):
-        """x (N, 3, S, S), normalised -> cosine logits (N, C)"""
-        return cosine_logits(self.vit(x), self.rows)
-
-    @torch.inference_mode()
-    def predict(self, images):
-        """List of PIL images -> list of class names."""
-        x = torch.stack([self.transform(image.convert("RGB")) for image in images])
-        return [self.names[i] for i in self(x.to(self.rows.device)).argmax(1)]
+# ---------------------------------------------------------------------------------------- Backbone
 
 
-def load(folder):
-    """A run's folder -> Classifier on the CPU, fp32, in eval mode."""
-    file = Path(folder) / "model.safetensors"
-    if not file.is_file():
-        raise InputError(f"{file} is not there: give the folder that a run names at its end")
-    with safe_open(file, "pt") as stored:
-        about = {key: json.loads(value) for key, value in stored.metadata().items()}
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    rows = tensors.pop("rows")
-    vit = create_vit(about["config"]["model"], about["config"]["img_size"])
-    vit.load_state_dict(tensors, strict=True)
-    return Classifier(vit, rows, about["names"], about["transform"]).eval()
-
-
-# ---------------------------------------------------------------------------- Backbone and machine
-
-
-def pick_device(device, precision):
-    """Resolve auto: cuda where there is one; bf16 on it and on CPUs with bf16 instructions."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: auto, cpu, cuda or cuda:N")
+def demo():
+    """The demo's drawings and its pre-trained model, the one thing that is not in this file."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # mkldnn's counts emulation
-    native = "cuda" in device or any(getattr(torch.cpu, check, bool)() for check in checks)
-    return device, ("bf16" if native else "fp32") if precision == "auto" else precision
+        from extras import demo
+    except ImportError:
+        cure = "real images: --dataset cifar100 (see --help)"
+        raise InputError(f"the demo's drawings, extras/demo.py, are not there; {cure}") from None
+    return demo
 
 
-def model_cfg(name):
-    """A model's full name with tag, and timm's configuration of its weights (mean, std, ...)."""
-    if name == "demo_vit":
-        return name, demo.CFG
-    name = name or "vit_base_patch16_224.augreg_in21k"
+def pretrained_cfg(model):
+    """timm's configuration of a model's weights: mean, std, input_size, ... model: name with tag"""
     try:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if model == "demo_vit":
+            return demo().PRETRAINED_CFG
+        return timm.get_pretrained_cfg(model, allow_unregistered=False)
     except RuntimeError as error:
-        raise InputError(f"--model {name}: {error}") from None
-    if cfg is None:
-        raise InputError(f"--model {name}: unknown to timm; timm.list_models('vit*') has the names")
-    return f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture, cfg.to_dict()
+        raise InputError(f"--model {model}: {error} timm.list_models() has all") from None
 
 
-def create_vit(model, img_size, **pretrained):
-    """timm's ViT without a head: images -> features (N, D)."""
-    if model == "demo_vit":
-        return demo.create_vit()
-    return timm.create_model(model, num_classes=0, img_size=img_size, **pretrained)
-
-
-def build_vit(c):
-    """The frozen backbone with its weights, in eval mode."""
-    file = {"file": c.weights, "custom_load": False} if c.weights else {}
+def build_vit(config):
+    """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
+    how, cure = {"num_classes": 0, "img_size": config.img_size}, "no network? --weights FILE"
     try:
-        vit = create_vit(c.model, c.img_size, pretrained=True, pretrained_cfg_overlay=file)
-    except Exception as error:  # noqa: BLE001, each format has errors of its own
-        cure = "is it this model's file?" if c.weights else "no network? give the file: --weights"
-        reason = type(error).__name__ + ": " + str(error).strip().partition("\n")[0]
-        raise InputError(f"weights {c.weights or ''} of {c.model}: {reason} ({cure})") from None
-    patch = vit.patch_embed.patch_size[0] if hasattr(vit, "blocks") else math.inf
-    if c.img_size % patch or (c.model == "demo_vit" and c.img_size != 32):
-        raise InputError(
-            f"--img-size {c.img_size}: {c.model} takes multiples of {patch}, the demo 32"
-        )
-    if c.model == "demo_vit":
-        vit.load_state_dict(demo.pretrained(c.seed, c.device, c.precision))
-    if "cpu" in c.device:  # there the fused kernel's backward takes half of a bf16 training step
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-    return vit.requires_grad_(False).eval().to(c.device)
+        if config.model == "demo_vit":
+            vit = demo().pretrained(config.seed, config.device, config.precision)
+        elif config.weights:
+            cure = "is it this model's file?"
+            vit = load_weights(timm.create_model(config.model, **how), config.weights)
+        else:
+            vit = timm.create_model(config.model, pretrained=True, **how)
+    except Exception as error:  # each format and each way to download has errors of its own
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise InputError(f"weights of {config.model}: {reason} ({cure})") from error
+    if not hasattr(vit, "blocks") or config.img_size % vit.patch_embed.patch_size[0]:
+        raise InputError(f"--img-size {config.img_size}: no multiple of {config.model}'s patches")
+    for block in vit.blocks:  # on a CPU the fused kernel's backward takes half of a bf16 step
+        block.attn.fused_attn &= "cpu" not in config.device
+    return vit.requires_grad_(False).eval().to(config.device)
+
+
+def load_weights(vit, file):
+    """Every weight from a file, position embeddings resampled by timm; a head may be left over.
+
+    timm itself is not strict where a model has no head: what is missing would stay random.
+    """
+    adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda x, _: x)
+    state, wanted = adapt(timm.models.load_state_dict(file), vit), vit.state_dict()
+    missing = [k for k, x in wanted.items() if k not in state or state[k].shape != x.shape]
+    surplus = [k for k in state if k not in wanted and not k.startswith("head")]
+    if missing or surplus:
+        raise ValueError(f"{file} lacks {missing[:3]} ..., has besides {surplus[:3]} ...")
+    vit.load_state_dict({k: state[k] for k in wanted}, strict=True)
+    return vit
 
 
 def lora_layers(vit, layers):
-    """The frozen weights that carry LoRA. layers: "qkv,proj" -> dict name: W0 (d, k)."""
-    found = {
-        f"{name}.weight": module.weight
-        for name, module in vit.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.split(".")[-1] in layers.split(",")
-    }
-    if not found:
-        raise InputError(f"--layers {layers}: the model has no such linear layers")
+    """The frozen weights that carry LoRA. layers: "qkv,proj" -> dict layer: W0 (d, k)."""
+    linear = [(k, x) for k, x in vit.named_modules() if isinstance(x, torch.nn.Linear)]
+    wanted = layers.split(",")
+    found = {f"{k}.weight": x.weight for k, x in linear if k.split(".")[-1] in wanted}
+    if {k.split(".")[-2] for k in found} != set(wanted):
+        raise InputError(f"--layers {layers}: any of qkv,proj,fc1,fc2, with commas between")
     return found
 
 
-def autocast(c):
-    """bf16 inside the model; adapters, scalars, weights (1) and class means stay fp32."""
-    kind = torch.device(c.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=c.precision == "bf16")
+# ---------------------------------------------------------------------- Settings and command line
+
+# Constant c of each method; `learning_rate` has the law. Among the best on held-out images of
+# CIFAR-100 (results/README.md); the form is our choice: at one rate, a longer task drifts further.
+LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
 
 
-# --------------------------------------------------------------------------------------------- Run
-
-RECORD = ("loss", "alpha", "alpha_groups", "group", "similarities", "group_sizes")
-RECORD += ("images_per_second", "head_accuracy")  # null in a task's record where nothing is trained
-
-
-class Learner:
-    """The loop's state: what HAM carries, a row per class for each read-out, what was measured."""
-
-    def __init__(self, vit, ham, data):
-        self.vit, self.ham, self.data, self.c = vit, ham, data, ham.config
-        self.train_sizes = [sum(len(data.train[k]) for k in task) for task in data.tasks]
-        self.sizes = [sum(len(data.test[k]) for k in task) for task in data.tasks]
-        self.seen = np.cumsum(self.sizes).tolist()  # test images after each task
-        read_outs = ["class-mean", "head"] if ham.w0 else ["class-mean"]
-        zeros = torch.zeros(len(data.names), vit.num_features, device=self.c.device)
-        self.rows = {name: zeros.clone() for name in read_outs}
-        self.matrix, self.known, self.records = {name: [] for name in read_outs}, {}, []
-        self.seconds = {"train": 0.0, "merge": 0.0, "class_means": 0.0, "evaluate": 0.0}
-        lora = sum(self.c.rank * sum(w.shape) for w in ham.w0.values())
-        self.trained = lora + len(data.tasks[0]) * vit.num_features if ham.w0 else 0
-        if not ham.w0:  # frozen features never change: extracted once
-            self.features = functools.cache(self.features)
-
-    def learn(self, task):
-        """One task: train, group and merge, take class means, evaluate. Appends its record."""
-        before, record = dict(self.seconds), dict.fromkeys(RECORD)
-        if self.ham.w0:
-            p, log = self.timed("train", self.train, task)
-            losses = [loss for loss, _ in log[-(len(log) // self.c.epochs) :]]  # of the last epoch
-            if not all(map(math.isfinite, losses)):
-                raise InputError(f"task {task + 1}: the loss is not finite; lower --lr {self.c.lr}")
-            self.rows["head"][list(self.data.tasks[task])] = p.head.detach()
-            record["loss"] = sum(losses) / len(losses)
-            record |= self.timed("merge", self.ham.finish, task, p)
-            images = self.train_sizes[task] * self.c.epochs
-            record["images_per_second"] = images / (self.seconds["train"] - before["train"])
-        self.weights = self.ham.folded()
-        self.timed("class_means", self.take_class_means, task)
-        self.timed("evaluate", self.evaluate, task)
-        record["seconds"] = {k: self.seconds[k] - before[k] for k in before}
-        for name, matrix in self.matrix.items():
-            record[f"{name.replace('-', '_')}_accuracy"] = accuracy_so_far(matrix[-1], self.sizes)
-        record["accuracy"] = accuracy_so_far(self.matrix[self.c.read_out][-1], self.sizes)
-        record["forgetting"] = forgetting(self.matrix[self.c.read_out])
-        self.records.append(record)
-
-    def train(self, task):
-        return train_task(self.vit, self.ham, self.data, task)
-
-    def timed(self, what, function, *args):
-        """Call a function and add its seconds to those spent on `what`."""
-        start, result = time.perf_counter(), function(*args)
-        if "cuda" in self.c.device:
-            torch.cuda.synchronize(self.c.device)
-        self.seconds[what] += time.perf_counter() - start
-        return result
-
-    def features(self, part, task):
-        """Features and labels of a task's images, with all groups folded into the weights."""
-        rows, labels = self.data.rows(part, self.data.tasks[task])
-        return extract(self.vit, self.weights, self.data, rows, self.c), labels.to(self.c.device)
-
-    def take_class_means(self, task):
-        """Class means of a task's training images, once, after its merge."""
-        classes = self.data.tasks[task]
-        self.rows["class-mean"][list(classes)] = class_means(*self.features("train", task), classes)
-
-    def evaluate(self, task):
-        """One pass over the test images of all classes seen: a row of each read-out's matrix."""
-        seen = self.data.tasks[: task + 1]
-        parts = [self.features("test", j) for j in range(task + 1)]
-        self.tested = features, labels = [torch.cat(x) for x in zip(*parts)]
-        for name, rows in self.rows.items():
-            logits = cosine_logits(features, rows[: seen[-1][-1] + 1])
-            per_task, self.known[name] = accuracies(logits, labels, seen)
-            self.matrix[name].append(per_task)
-
-    def oracle(self):
-        """Accuracy of class means of all training images under the final model: never a result."""
-        parts = [self.features("train", task) for task in range(self.c.tasks)]
-        features, labels = (torch.cat(x) for x in zip(*parts))
-        rows = class_means(features, labels, range(len(self.data.names)))
-        features, labels = self.tested
-        return accuracies(cosine_logits(features, rows), labels, [range(len(rows))])[1]  # one task
-
-    def results(self):
-        """What results.json holds of the measurements; per cent, unrounded."""
-        c, last, second = self.c, self.records[-1], {"training": None, "inference": None}
-        if self.ham.w0:
-            second["training"] = sum(self.train_sizes) * c.epochs / self.seconds["train"]
-            second["inference"] = sum(self.seen) / self.seconds["evaluate"]
-        return {
-            **measures(self.matrix[c.read_out], self.sizes),
-            "task_known_accuracy": self.known[c.read_out],
-            "head_accuracy": last["head_accuracy"],
-            "class_mean_accuracy": last["class_mean_accuracy"],
-            "class_mean_oracle": self.oracle(),
-            "accuracy_matrix": self.matrix[c.read_out],
-            "tasks": self.records,
-            "test_images_per_task": self.sizes,
-            "classes": self.data.names,
-            "class_order": self.data.order,
-            "parameters_trained": self.trained,  # per task, LoRA and head
-            "parameters_stored": sum(x.numel() for x in [*self.ham.kept(), self.rows[c.read_out]]),
-            "seconds": self.seconds,
-            "images_per_second": second,
-        }
+def learning_rate(method, n):
+    """Of A and B, for n training images per task: c min(1, 375 / n); joint's is c."""
+    return LEARNING_RATE[method] * (1.0 if method == "joint" else min(1.0, 375 / n))
 
 
-def result_folder(c):
-    """The run's folder; refuses one that holds another configuration."""
-    parts = [Path(c.dataset).name, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"]
-    folder = Path(c.out) / "-".join(filter(None, parts))
-    if (folder / "results.json").is_file():
-        old = json.loads((folder / "results.json").read_text())
-        files = {"weights": c.weights, "split": datasets.split_file(c)}  # compared by content
-        paths = ("out", "data_dir", "weights", "split_file")
-        new = {k: v for k, v in dataclasses.asdict(c).items() if k not in paths}
-        other = [k for k in new if old["config"].get(k) != new[k]]
-        other += [k for k in files if old.get(f"{k}_sha256") != provenance.sha256(files[k])]
-        if other:
-            cure = "give this one a --name or another --out"
-            raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
-    return folder
+def option(default, text, choices=None):
+    """One field of Config = one flag; its text and choices are its lines in --help."""
+    return field(default=default, metadata={"text": text, "choices": choices})
 
 
-def run(config, method=HAM, loop=Learner):
-    """One method over the sequence of tasks; writes results.json and model.safetensors.
+@dataclass(frozen=True)
+class Config:
+    """Every setting. None: filled in by `resolve`, which also sets what does not apply to None."""
 
-    -> dict, what results.json holds. Raises InputError for a setting or file the user can mend.
-    method, loop: subclasses of HAM and Learner for methods that are not here (extras/baselines.py).
-    """
-    c = resolve(config)
-    folder, vit, data = result_folder(c), build_vit(c), load_data(c)
-    ham = method({} if c.method == "frozen" else lora_layers(vit, c.layers), c)
-    learner = loop(vit, ham, data)
-    report.start(learner)
-    for task in range(c.tasks):
-        learner.learn(task)
-        report.task(learner)
-    results = {"config": dataclasses.asdict(c)} | learner.results() | provenance.environment(c)
-    save(folder, results, learner)
-    report.end(results, folder)
-    return results
+    dataset: str = option("demo", f"demo, {', '.join(ARCHIVES)}, or FOLDER/{{train,test}}/CLASS/*")
+    tasks: int = option(None, "T, number of tasks; default 20, demo and cub200 10")
+    images_per_class: int = option(None, "first n training images of a class; default all")
+    test_images_per_class: int = option(None, "first n test images of a class; default all")
+    validate: bool = option(False, "test on the last 10 %% of a class's training images")
+    class_order: str = option("random", "random: by seed; natural; or a FILE, a class per line")
+    split_file: str = option(None, "list of test images, of imagenet_r or of FOLDER/CLASS/*")
+    data_dir: str = option("data", "where data sets and decoded images lie")
+    model: str = option(None, "timm ViT with its tag; default vit_base_patch16_224.augreg_in21k")
+    weights: str = option(None, "file with the model's weights; default: timm downloads them")
+    img_size: int = option(None, "side of the input, pixels; default the model's own")
+    crop_pct: float = option(None, "crop; default cifar100 1, else the model's")
+    norm: str = option("model", "the weights' mean and std, or [0, 1]", ("model", "unit"))
+    method: str = option(
+        None,
+        "ham, or a control: one LoRA trained on and on; the average of adapters trained alone; all "
+        "classes as one task; no training; default ham, demo: ham, sequential and frozen",
+        tuple(METHODS),
+    )
+    rank: int = option(8, "r, rank of an adapter (ours)")
+    layers: str = option("qkv", "layers with LoRA, any of qkv,proj,fc1,fc2 (ours)")
+    tau: float = option(0.1, "τ, join if s > τ; 1: open first (ours)")
+    g_max: int = option(5, "G_max, most groups (that there is one: abstract; 5: ours)")
+    grouping: str = option("cosine", "the group to join (cosine: abstract)", ("cosine", "random"))
+    rho: float = option(0.9, "ρ, fraction of A and of B that pruning keeps (ours)")
+    merge: str = option(
+        "solution",
+        "a group is the mean of what its tasks ended with, or the mean or the sum of what they "
+        "added (ours)",
+        ("solution", "mean", "sum"),
+    )
+    train_alpha: bool = option(True, "train α_i and every α_G (third-party review), or fix them")
+    read_out: str = option("class-mean", "what classifies (ours)", ("class-mean", "head"))
+    epochs: int = option(None, "epochs per task (ours); default 5, demo 10")
+    batch_size: int = option(32, "images per step (ours)")
+    lr: float = option(
+        None,
+        "learning rate of A and B (ours); default c min(1, 375 / n), n training images per task, "
+        f"c {', '.join(f'{k} {c:g}' for k, c in LEARNING_RATE.items())} (joint: c)",
+    )
+    lr_alpha: float = option(1e-2, "learning rate of α_i and α_G (ours)")
+    lr_head: float = option(1e-2, "learning rate of the head's rows (ours)")
+    seed: int = option(1993, "draws class order, A, shuffling and flips")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N; auto: cuda where there is one")
+    precision: str = option("auto", "auto: bf16 where it is native", ("auto", "bf16", "fp32"))
+    out: str = option("runs", "folder for the result folders")
+    name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
+    restart: bool = option(
+        False, "forget what a stopped or complete run of these settings has left"
+    )
 
 
-def save(folder, results, learner):
-    """results.json, and the folded model with what `load` needs; each appears whole or not."""
-    c, transform = learner.c, dict(learner.data.transform)
-    transform |= {"input_size": (3, transform.pop("size"), c.img_size), "crop_pct": c.crop_pct}
-    about = {"config": results["config"], "names": learner.data.names, "transform": transform}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "part"
-    if learner.weights is not None:  # None: no single set of weights is the model (extras)
-        tensors = learner.vit.state_dict() | learner.weights | {"rows": learner.rows[c.read_out]}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
-        part.replace(folder / "model.safetensors")
-    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    part.replace(folder / "results.json")
+TITLES = {"dataset": "data", "model": "model", "method": "method", "epochs": "training"}
+TITLES |= {"device": "machine"}  # --help has a title before these fields
+TRAINED = ("rank", "layers", "epochs", "batch_size", "lr", "lr_head")  # frozen has none
+GROUPED = ("tau", "g_max", "grouping", "rho", "merge", "lr_alpha")  # only ham has groups
 
 
-# ------------------------------------------------------------------------------------ Command line
+def resolve(config):
+    """Fill in what does not depend on the images, refuse what cannot be. Config -> Config"""
+    check(config)
+    c, method, drawn = dataclasses.asdict(config), config.method or "ham", config.dataset == "demo"
+    c |= {k: str(v) for k, v in c.items() if isinstance(v, Path)}
+    c |= {k: v.item() for k, v in c.items() if isinstance(v, np.generic)}
+    if drawn and (config.model not in (None, "demo_vit") or config.weights):
+        raise InputError("the demo pre-trains its own model: drop --model and --weights")
+    model = "demo_vit" if drawn else config.model or "vit_base_patch16_224.augreg_in21k"
+    cfg = pretrained_cfg(model)
+    tasks = 10 if config.dataset in ("demo", "cub200") else 20
+    c["method"], c["tasks"] = method, 1 if method == "joint" else config.tasks or tasks
+    c["model"] = f"{model.split('.')[0]}.{cfg.tag}" if cfg.tag else model
+    c["img_size"] = config.img_size or cfg.input_size[-1]
+    whole = config.dataset in ("demo", "cifar100")  # a crop would cut off what little there is
+    c["crop_pct"] = config.crop_pct or (1.0 if whole else cfg.crop_pct)
+    c["epochs"] = config.epochs or (10 if drawn else 5)
+    if method != "ham" and method in METHODS:
+        c |= dict.fromkeys(GROUPED) | {"train_alpha": False}
+    if method == "average":  # one group that every adapter joins; nothing pruned
+        c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
+    if method == "frozen":
+        c |= dict.fromkeys(TRAINED) | {"read_out": "class-mean"}
+    if config.device == "auto":
+        c["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.precision == "auto":  # mkldnn's own check counts emulation, too
+        native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = "cuda" in c["device"] or any(getattr(torch.cpu, f, bool)() for f in native)
+        c["precision"] = "bf16" if native else "fp32"
+    return type(config)(**c)
+
+
+def check(config):
+    """Raise InputError for the first setting that cannot be."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        if choices and value not in (None, *choices):
+            raise InputError(f"{flag}: must be one of {', '.join(choices)}")
+        number = f.type in ("int", "float") and f.name not in ("seed", "tau") and value is not None
+        most = 1 if f.name in ("rho", "crop_pct") else sys.float_info.max
+        if number and not 0 < value <= most:
+            raise InputError(f"{flag}: must be above 0" + " and at most 1" * (most == 1))
+        files = f.name in ("weights", "split_file", "class_order")
+        if files and value not in (None, "random", "natural") and not Path(value).is_file():
+            raise InputError(f"{flag}: no such file")
+    if config.dataset not in ("demo", *ARCHIVES) and not Path(config.dataset).is_dir():
+        known = f"demo, {', '.join(ARCHIVES)} or a folder with {{train,test}}/CLASS/*"
+        raise InputError(f"--dataset {config.dataset}: must be one of {known}")
+    if config.device != "auto":
+        try:
+            torch.empty(0, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
 
 
 def fail(message):
     """A mistake the user can mend: one line, exit status 2."""
-    print(f"ham.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(print(f"ham.py: {message}", file=sys.stderr) or 2)
 
 
 def parse(argv=None, kind=Config, manual=__doc__):
     """Command line -> Config: one flag per field, the manual made of the fields' own texts."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=manual, formatter_class=raw, allow_abbrev=False)
-    parser.error = fail  # argparse's own would print the whole usage first
+    usage, title = "%(prog)s [--flag value ...]", manual.partition("\n")[0]
+    parser = argparse.ArgumentParser(usage=usage, description=title, allow_abbrev=False)
+    parser.error, group = fail, parser  # argparse's own error would print the usage first
     for f in dataclasses.fields(kind):
-        notes = [f"default {f.default}"] if f.default is not None else []
-        notes += [f.metadata["limits"]] if f.metadata["limits"] else []
-        typed = {"type": {"int": int, "float": float}.get(f.type, str), "metavar": f.type.upper()}
-        how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else typed
-        text = f"{f.metadata['text']} [{'; '.join(notes)}]".removesuffix(" []")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
+        group = parser.add_argument_group(TITLES[f.name]) if f.name in TITLES else group
+        text, choices = f.metadata["text"], f.metadata["choices"]
+        text += f" [{' | '.join(choices)}]" if choices else ""
+        text += f" (default {f.default})" if f.default is not None else ""
+        how = {"type": {"int": int, "float": float}.get(f.type, str), "metavar": f.type.upper()}
+        how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else how
+        flag = f"--{f.name.replace('_', '-')}"
+        group.add_argument(flag, default=f.default, help=text, **how)
     return kind(**vars(parser.parse_args(argv)))
+
+
+def stop(number, _):
+    """SIGINT, SIGTERM, SIGHUP: the state of the last task is whole, whatever is being done."""
+    print("\nstopped; the same command goes on after the last task above", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def main(argv=None):
     """The command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # terminals that have no α
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
+        if hasattr(signal, name):  # a closed pipe just ends
+            signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGPIPE" else stop)
     config = parse(argv)
     try:
         if config.dataset == "demo" and not config.method:
-            demo.compare(run, config)
+            demo().compare(run, config)
         else:
             run(config)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a disk that is full, a folder read-only
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        cure = "--batch-size, --img-size, --images-per-class, a smaller --model"
+        fail(f"{str(error).splitlines()[0]:.150} (smaller: {cure})")
 
 
 if __name__ == "__main__":

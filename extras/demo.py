@@ -14,28 +14,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-CFG = {
-    "input_size": (3, 32, 32),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.25, 0.25, 0.25),
-}
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+PRETRAINED_CFG = timm.models.PretrainedCfg(
+    input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", mean=MEAN, std=STD
+)
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
 SHAPES = ["disc", "ring", "cross", "triangle", "square", "hexagon", "trefoil", "star"]
 TEXTURES = ["plain", "striped", "checked", "ringed", "dotted"]
 COLOURS = ["red", "yellow", "green", "cyan", "blue", "magenta"]
 PRETRAIN, CLASSES = 40, 30  # classes to pre-train on, classes of the tasks
 TRAIN, TEST = 100, 40  # images per class of the tasks
-
-
-def create_vit():
-    """A ViT of 470,000 parameters for 32 px: images (N, 3, 32, 32) -> features (N, 96)."""
-    vit = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=0
-    )
-    for block in vit.blocks:
-        block.attn.fused_attn = False  # faster for 17 tokens
-    return vit
 
 
 def class_names(seed):
@@ -95,23 +83,27 @@ def pattern(texture, x, y):
     return np.ones_like(x)
 
 
-def read(c, cfg):
-    """Images of the tasks' classes. -> pixels (N, 3, 32, 32), training labels, test labels, names"""
-    names, random = class_names(c.seed)[1], np.random.RandomState(c.seed)
-    images = np.stack([draw(random, name, TRAIN + TEST) for name in names])
-    parts = [part.reshape(-1, 3, 32, 32) for part in (images[:, :TRAIN], images[:, TRAIN:])]
-    labels = [np.repeat(np.arange(len(names)), n) for n in (TRAIN, TEST)]
-    return torch.from_numpy(np.concatenate(parts)), *labels, names
+def read(seed):
+    """Images of the tasks' classes -> pixels (N, 3, 32, 32), labels, is it a test image, names."""
+    names, random = class_names(seed)[1], np.random.RandomState(seed)
+    pixels = np.concatenate([draw(random, name, TRAIN + TEST) for name in names])
+    labels, tests = np.divmod(np.arange(len(pixels)), TRAIN + TEST)
+    return torch.from_numpy(pixels), labels, tests >= TRAIN, names
 
 
 @functools.lru_cache(1)
 def pretrained(seed, device, precision, per_class=100, epochs=6, batch_size=64):
-    """The model, trained on its own classes with AdamW and one cycle. -> state dict, no head"""
+    """A ViT of 470,000 parameters, trained on its own classes with AdamW and one cycle.
+
+    images (N, 3, 32, 32) -> features (N, 96)
+    """
     names, random = class_names(seed)[0], np.random.RandomState([seed, 1])
     pixels = torch.from_numpy(np.concatenate([draw(random, name, per_class) for name in names]))
     labels = torch.arange(len(names)).repeat_interleave(per_class).to(device)
     torch.manual_seed(seed)
-    vit = create_vit().to(device)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT).to(device)
+    for block in vit.blocks:
+        block.attn.fused_attn = False  # faster for 17 tokens
     head = torch.nn.Linear(vit.num_features, len(names)).to(device)
     order = torch.cat([torch.randperm(len(pixels)) for _ in range(epochs)])
     batches = order.chunk(epochs * math.ceil(len(pixels) / batch_size))
@@ -121,7 +113,7 @@ def pretrained(seed, device, precision, per_class=100, epochs=6, batch_size=64):
     for rows in tqdm(
         batches, f"pre-training on {len(names)} other classes", None, False, disable=None
     ):
-        x = (pixels[rows].to(device) / 255 - CFG["mean"][0]) / CFG["std"][0]
+        x = (pixels[rows].to(device) / 255 - MEAN[0]) / STD[0]
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
             logits = head(vit(x))
         loss = F.cross_entropy(logits.float(), labels[rows.to(device)])
@@ -129,7 +121,8 @@ def pretrained(seed, device, precision, per_class=100, epochs=6, batch_size=64):
         loss.backward()
         optimiser.step()
         schedule.step()
-    return {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
+    vit.made_with = VIT  # for ham.save
+    return vit
 
 
 def compare(run, config):

@@ -9,6 +9,7 @@ stopped and started. It commits nothing.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,13 +24,15 @@ RUNS = {}  # name (the folder below results/): flags
 MODEL = "--model deit_tiny_patch16_224.fb_in1k"
 
 
-def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160):
-    """Add a run per seed and method. name: ham.py's --name"""
+def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160, lr=None):
+    """Add a run per seed and method. name: ham.py's --name; lr: rates that are not the default's"""
     for seed, method in ((seed, method) for seed in seeds for method in methods.split()):
         t = 1 if method == "joint" else tasks
         run = "-".join(filter(None, [data, f"T{t}", method, name, f"s{seed}"]))
         RUNS[run] = f"{MODEL} --img-size {px} --dataset {data} --tasks {t} --method {method} "
         RUNS[run] += f"--seed {seed} --out results {flags}" + (f" --name {name}" if name else "")
+        if lr and method in lr:
+            RUNS[run] += f" --lr {lr[method]:g}"
 
 
 ONE = SEEDS[:1]  # where a method has one seed it is 1993
@@ -38,26 +41,36 @@ OTHERS = "treelora safm sd_lora o_lora ewc"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 
+# Learning rates from before there was a law: CIFAR-100 with few and with many images per class, and
+# CUB-200. At T = 20 and 50, few are what the law gives.
+FEW = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2}
+FEW |= {"treelora": 1e-3, "safm": 1e-3, "sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3}
+MANY = {"ham": 3e-4, "sequential": 1e-4, "average": 3e-3}
+MANY |= {"sd_lora": 3e-4, "o_lora": 3e-4, "ewc": 3e-4}
+CUB = {"ham": 1e-3, "sequential": 1e-4, "average": 3e-3}
+CUB |= {"treelora": 1e-4, "safm": 3e-4, "sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 1e-3}
+
 # 1. CIFAR-100, 50 training images per class
 for tasks in (20, 50, 10, 5):
-    add("cifar100", tasks, "ham sequential average", I50, "i50")
+    rates = FEW if tasks < 20 else None
+    add("cifar100", tasks, "ham sequential average", I50, "i50", lr=rates)
     add("cifar100", tasks, FIXED, I50, "i50", ONE)
 add("cifar100", 20, OTHERS, I50, "i50")
 add("cifar100", 50, "o_lora ewc", I50, "i50")
 add("cifar100", 50, "treelora safm sd_lora", I50, "i50", ONE)
-add("cifar100", 10, OTHERS, I50, "i50", ONE)
+add("cifar100", 10, OTHERS, I50, "i50", ONE, lr=FEW)
 
 # 2. CUB-200, all images
-add("cub200", 10, "ham sequential average treelora safm o_lora ewc")
-add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE)
-add("cub200", 20, "ham sequential average frozen", seeds=ONE)
+add("cub200", 10, "ham sequential average treelora safm o_lora ewc", lr=CUB)
+add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE, lr=CUB)
+add("cub200", 20, "ham sequential average frozen", seeds=ONE, lr=CUB)
 
 # 3. CIFAR-100, many images
-add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250")
-add("cifar100", 20, f"average {FIXED} sd_lora", I250, "i250", ONE)
-add("cifar100", 50, "ham sequential", I250, "i250", ONE)
-add("cifar100", 20, "ham sequential frozen", "", "160px", ONE)
-add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224)
+add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250", lr=MANY)
+add("cifar100", 20, f"average {FIXED} sd_lora", I250, "i250", ONE, lr=MANY)
+add("cifar100", 50, "ham sequential", I250, "i250", ONE, lr=MANY)
+add("cifar100", 20, "ham sequential frozen", "", "160px", ONE, lr=MANY)
+add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224, lr=MANY)
 
 # 4. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses
 PARTS = {
@@ -82,13 +95,23 @@ add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
 
 def program(flags):
-    """ham.py, or extras/baselines.py for the methods that are there."""
-    method = flags.split()[flags.split().index("--method") + 1]
-    return ["-m", "extras.baselines"] if method in OTHERS.split() else ["ham.py"]
+    """ham.py, or extras/baselines.py for what is only there. flags: one string"""
+    words = flags.split()
+    others = "--gain" in words or words[words.index("--method") + 1] in OTHERS.split()
+    return ["-m", "extras.baselines"] if others else ["ham.py"]
 
 
-def run_one(name, flags, args):
-    """One run of ham.py in a process of its own; its lines go to a log beside its results."""
+def commit():
+    """HEAD of the project's repository, -dirty where files differ from it; None without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_one(name, flags, source, args):
+    """One run in a process of its own; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *program(flags), *flags.split()]
@@ -99,6 +122,10 @@ def run_one(name, flags, args):
         done = subprocess.run(
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads, check=False
         )
+    if done.returncode == 0:
+        file = folder / "results.json"
+        results = json.loads(file.read_text("utf-8")) | {"commit": source}
+        file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(f"{name}: exit {done.returncode}, {(time.time() - start) / 60:.1f} min", flush=True)
     return done.returncode
 
@@ -111,14 +138,14 @@ def main():
     parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the machine")
     parser.add_argument("--list", action="store_true", help="print what is missing, run nothing")
-    args = parser.parse_args()
+    args, source = parser.parse_args(), commit()  # what is committed later is not what ran
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
     wanted = [name for name in wanted if not (ROOT / "results" / name / "results.json").is_file()]
     if args.list:
         print("\n".join(f"{name}: {RUNS[name]}" for name in wanted))
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(lambda name: run_one(name, RUNS[name], args), wanted))
+        codes = list(pool.map(lambda name: run_one(name, RUNS[name], source, args), wanted))
     sys.exit(1 if any(codes) else 0)
 
 

@@ -1,51 +1,66 @@
-"""Try settings on held-out training images: ham.py's run, evaluated twice instead of after each task.
+"""Try settings on held-out training images, evaluated only half-way and at the end.
 
     python -m extras.screen --dataset cifar100 --tasks 50 --images-per-class 20 --rho 1 --name rho1
 
-Takes ham.py's flags, never touches a test image, and appends one line to --out/screening.jsonl: the
-settings given and all resolved ones, accuracy half-way and at the end by class means and by
-the head, the oracle. Choices of defaults come from here (results/README.md); tables do not.
+Takes the flags of extras/baselines.py (all methods but safm), never touches a test image, and
+appends a line to --out/screening.jsonl. Defaults are chosen by it (results/README.md).
 """
 
 import dataclasses
 import json
-import math
+import time
 from pathlib import Path
 
+import torch
+
 import ham
-from extras import baselines, provenance
+from extras import baselines
+from extras.run_all import commit
 
 
-class Seldom:
-    """The loop's state, with rows of NaN where nothing was evaluated."""
+def screen(given):
+    """-> settings given, all resolved ones; accuracies (%) half-way and at the end, the oracle"""
+    if given.method == "safm":
+        raise ham.InputError("--method safm: not here, it has a loop of its own")
+    vit, method, data, loss = baselines.prepare(dataclasses.replace(given, validate=True))
+    config, seconds, record = method.config, 0.0, {}
+    zeros = torch.zeros(len(data.names), vit.num_features, device=config.device)
+    class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
+    for task, classes in enumerate(data.tasks):
+        if method.w0:
+            start = time.perf_counter()
+            trained, log = ham.train_task(vit, method, data, task, loss)
+            seconds += time.perf_counter() - start
+            record = method.finish(task, trained)
+            losses = [value for value, _ in log[-(len(log) // config.epochs) :]]  # last epoch
+            record["loss"] = sum(losses) / len(losses)
+            class_rows["head"][list(classes)] = trained.head.detach()
+        weights = method.folded()
+        means = ham.class_means(*ham.extract(vit, weights, data, "train", classes, config), classes)
+        class_rows["class-mean"][list(classes)] = means
+        if not means.isfinite().all():
+            raise ham.InputError(f"task {task + 1}: not finite any more; lower --lr {config.lr}")
+        if task + 1 == (config.tasks // 2 or 1):
+            half = measure(vit, weights, data, class_rows, data.tasks[: task + 1], config)
+    every = range(len(data.names))
+    oracle = ham.class_means(*ham.extract(vit, weights, data, "train", every, config), every)
+    end = measure(vit, weights, data, class_rows | {"oracle": oracle}, data.tasks, config)
+    result = {"name": config.name, "tasks_learnt": config.tasks, "oracle": end["oracle_accuracy"]}
+    for name, key in zip(class_rows, ("class_mean_accuracy", "head_accuracy")):
+        result[name] = [half[key], end[key]]
+    result |= {k: record.get(k) for k in ("loss", "alpha", "alpha_groups", "group_sizes")}
+    default, hidden = dataclasses.asdict(type(given)()), ("out", "data_dir", "weights", "name")
+    given = {k: v for k, v in dataclasses.asdict(given).items() if v != default[k]}
+    result["settings"] = {k: v for k, v in given.items() if k not in (*hidden, "validate")}
+    result |= {"config": dataclasses.asdict(config), "seconds": {"train": seconds}}
+    return result | {"commit": commit()}
 
-    def evaluate(self, task):
-        if task + 1 in (self.c.tasks // 2, self.c.tasks):
-            super().evaluate(task)
-            return
-        for matrix in self.matrix.values():
-            matrix.append([math.nan] * (task + 1))
 
-
-def screen(config):
-    """-> dict of plain numbers, per cent"""
-    c, method, loop = baselines.prepare(dataclasses.replace(config, validate=True))
-    c = ham.resolve(c)
-    data, vit = ham.load_data(c), ham.build_vit(c)
-    layers = {} if c.method == "frozen" else ham.lora_layers(vit, c.layers)
-    learner = type("Screen", (Seldom, loop), {})(vit, method(layers, c), data)
-    for task in range(c.tasks):
-        learner.learn(task)
-    at, last = (c.tasks // 2 or 1, c.tasks), learner.records[-1]
-    result = {"name": c.name, "tasks_learnt": c.tasks, "oracle": learner.oracle()}
-    for name, matrix in learner.matrix.items():
-        result[name] = [ham.accuracy_so_far(matrix[t - 1], learner.sizes) for t in at]
-    result |= {k: last[k] for k in ("loss", "alpha", "alpha_groups", "group_sizes")}
-    given, default = dataclasses.asdict(config), dataclasses.asdict(type(config)())
-    paths = ("out", "data_dir", "weights", "name", "validate")
-    result["settings"] = {k: v for k, v in given.items() if v != default[k] and k not in paths}
-    result |= {"config": dataclasses.asdict(c), "seconds": learner.seconds}
-    return result | {"commit": provenance.SOURCE["commit"]}
+def measure(vit, weights, data, class_rows, seen, config):
+    """As ham.evaluate, on the test images of the tasks seen."""
+    tested = [ham.extract(vit, weights, data, "test", task, config) for task in seen]
+    matrix = {name: [] for name in class_rows}
+    return ham.evaluate(tested, class_rows, matrix, data, config.read_out)
 
 
 def main():
