@@ -37,6 +37,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -81,7 +82,7 @@ def effective_weight(w0, delta_w_groups, alpha_groups, b, a, alpha):
 
 
 def new_adapter(w0, rank, seed):
-    """B = 0, so that it changes no output; A Kaiming uniform, the same for every task of a run.
+    """B = 0, so that it changes no output; A Kaiming uniform (±1/√k), the same for every task.
 
     w0: dict layer: (d, k) -> dict layer: (b (d, r), a (r, k)). One start: our choice.
     """
@@ -107,12 +108,13 @@ def flat(delta_w):
     return torch.cat([dense(x).flatten() for x in delta_w.values()])
 
 
-def cosine_similarity(delta_w, delta_w_groups):
-    """(2) s_j = <ΔW_i, ΔW_Gj> / (|ΔW_i| |ΔW_Gj|). Abstract; over all layers at once: our choice.
+def cosine_similarity(vector, group_vectors):
+    """(2) s_j = <ΔW_i, ΔW_Gj> / (|ΔW_i| |ΔW_Gj|). Similarity: abstract; cosine: review.
 
-    delta_w (P,), delta_w_groups: M vectors (P,) -> list of M floats in [-1, 1].
+    vector (P,), group_vectors: M of (P,) -> list of M floats in [-1, 1]. Over all layers at once,
+    before pruning and without α_i: our choice.
     """
-    return [F.cosine_similarity(delta_w, g, dim=0).clamp(-1, 1).item() for g in delta_w_groups]
+    return [F.cosine_similarity(vector, g, dim=0).clamp(-1, 1).item() for g in group_vectors]
 
 
 def assign_group(similarities, tau, g_max):
@@ -199,13 +201,10 @@ class Trainable:
 
     def parameters(self, config):
         """What the optimiser moves, at which rates: torch's parameter groups."""
-        factors = [x for ba in self.adapter.values() for x in ba]
-        moved = [
-            {"params": factors, "lr": config.lr},
-            {"params": [self.head], "lr": config.lr_head},
-        ]
+        factors = {"params": [x for ba in self.adapter.values() for x in ba], "lr": config.lr}
+        head = {"params": [self.head], "lr": config.lr_head}
         scalars = {"params": [self.alpha, self.alpha_groups], "lr": config.lr_alpha}
-        return moved + [scalars] * config.train_alpha
+        return [factors, head, scalars] if config.train_alpha else [factors, head]
 
     def detached(self):
         """The adapter as plain tensors. -> dict layer: (b, a)"""
@@ -270,7 +269,7 @@ class HAM:
                 updates, scales = [*updates, group.delta_w[name]], [*scales, group.alpha * old]
             group.delta_w[name] = merge(updates, scales)  # (4)
         group.members.append(task)
-        group.alpha = 1.0  # the old α_G is in ΔW_G now (our choice)
+        group.alpha = 1.0  # the old α_G is in ΔW_G now; other groups keep theirs (our choice)
 
     def folded(self):
         """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict layer: new (d, k)"""
@@ -291,9 +290,7 @@ class HAM:
     def stored(self):
         """The tensors that are kept for the next task and for inference."""
         updates = [x for group in self.groups for x in group.delta_w.values()]
-        return [
-            x for update in updates for x in (update if isinstance(update, tuple) else (update,))
-        ]
+        return [x for u in updates for x in (u if isinstance(u, tuple) else (u,))]
 
 
 # ---------------------------------------------------------------------------------------- Controls
@@ -320,13 +317,11 @@ class Average(HAM):
 
 
 METHODS = {"ham": HAM, "sequential": Sequential, "average": Average, "joint": Sequential}
-METHODS["frozen"] = HAM  # of no layer: nothing is trained
+METHODS["frozen"] = HAM  # `run` gives it no layers: nothing is trained
 
 
 # ---------------------------------------------------------------------------------- Head and train
 # A class is a unit vector and a logit a cosine, whether the vector is trained or a class mean.
-
-SCALE = 16.0  # of the cosines in the training loss (our choice)
 
 
 def class_means(features, labels, classes):
@@ -341,18 +336,19 @@ def cosine_logits(features, class_rows):
 
 
 def task_loss(trained, features, labels):
-    """Cross-entropy over the task's classes only (our choice).
+    """Cross-entropy over the task's classes only, of 16 times the cosines (our choice).
 
     features (n, D), labels (n,) in 0..classes of the task - 1 -> ()
     """
-    return F.cross_entropy(SCALE * cosine_logits(features, trained.head), labels)
+    return F.cross_entropy(16.0 * cosine_logits(features, trained.head), labels)
 
 
 def train_task(vit, method, data, task, loss=task_loss):
     """Train A_i, B_i, α_i, every α_G and the task's head rows on the images of task i.
 
     AdamW without weight decay, learning rates falling to 0 by a cosine; horizontal flips; head rows
-    start as class means (all our choice). -> Trainable, log with one [loss, α_i] per step.
+    start as the mean features of their class (all our choice).
+    -> Trainable, log with one [loss, α_i] per step.
     """
     config, classes, trained = method.config, data.tasks[task], method.start()
     with torch.no_grad():
@@ -454,28 +450,21 @@ RECORD += ("images_per_second", "head_accuracy")  # of a task; None where nothin
 
 
 def run(config):
-    """One method over the sequence of tasks, as from the command line. config: Config
-
-    -> dict, what results.json holds. Raises InputError for a setting or file the user can mend.
-    """
-    given, config = config, resolve(config)
-    names = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
-    names = [k for k in names if k != "model" and f"{getattr(config, k)}" != f"{getattr(given, k)}"]
-    if names:
-        print(f"{config.method} ignores {', '.join(names)}", flush=True)
+    """One method over all tasks, as from the command line. Config -> what results.json holds"""
+    given, default, config = config, type(config)(), resolve(config)
+    texts = [{(k, str(v)) for k, v in vars(c).items()} for c in (given, default, config)]
+    if ignored := sorted(k for k, _ in set.difference(*texts) if k != "model"):  # it got its tag
+        print(f"{config.method} ignores {', '.join(ignored)}", flush=True)
     data, vit = load_data(config), build_vit(config)
-    if config.lr is None and config.method != "frozen":
+    w0 = {} if config.method == "frozen" else lora_layers(vit, config.layers)
+    if w0 and config.lr is None:
         n = sum(data.sizes("train")) / config.tasks
         config = dataclasses.replace(config, lr=learning_rate(config.method, n))
-    w0 = {} if config.method == "frozen" else lora_layers(vit, config.layers)
     return learn(vit, METHODS[config.method](w0, config), data)
 
 
 def learn(vit, method, data, loss=task_loss, resume=True):
-    """The loop over tasks; writes results.json, the model and, after each task, the state.
-
-    A run that was stopped goes on after its last task (resume). -> dict, what results.json holds
-    """
+    """The loop over tasks, or what a stopped run has left of it. -> what results.json holds"""
     with result_folder(method.config) as folder:
         if (folder / "results.json").is_file():
             print(f"{folder} is complete; --restart makes it anew", flush=True)
@@ -483,18 +472,17 @@ def learn(vit, method, data, loss=task_loss, resume=True):
         state, tested, sizes = begin(folder, vit, method, data, resume), [], data.sizes("train")
         class_rows, records, config = state["class_rows"], state["records"], method.config
         for task in range(len(records), config.tasks):
-            record, times = dict.fromkeys(RECORD), [time.perf_counter()] * 3
-            classes = data.tasks[task]
+            classes, record, times = data.tasks[task], dict.fromkeys(RECORD), [time.perf_counter()]
             if method.w0:
                 trained, log = train_task(vit, method, data, task, loss)  # (1)
-                times[1:] = [time.perf_counter()] * 2
+                times.append(time.perf_counter())
                 record |= method.finish(task, trained)  # (2) group, (3) prune, (4) scale, merge
-                times[2] = time.perf_counter()
                 class_rows["head"][list(classes)] = trained.head.detach()
                 losses = [value for value, _ in log[-(len(log) // config.epochs) :]]  # last epoch
                 record["loss"] = sum(losses) / len(losses)
                 record["images_per_second"] = config.epochs * sizes[task] / (times[1] - times[0])
                 tested = []  # the weights are others now; those of `frozen` never are
+            times += [time.perf_counter()] * (3 - len(times))  # two where nothing is trained
             weights = method.folded()
             means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
             if not means.isfinite().all():
@@ -514,41 +502,38 @@ def learn(vit, method, data, loss=task_loss, resume=True):
 
 
 def begin(folder, vit, method, data, resume):
-    """The state of a run that has learnt nothing yet, or that which a stopped one has left.
-
-    Prints all that the figures depend on.
-    """
-    zeros = torch.zeros(len(data.names), vit.num_features, device=method.config.device)
-    class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
-    state = {"settings": settings(method.config), "class_rows": class_rows, "records": []}
-    state |= {"matrix": {read_out: [] for read_out in class_rows}, "method": method.state()}
-    about = {k: v for k, v in dataclasses.asdict(method.config).items() if v is not None}
-    about |= {k: data.transform[k] for k in ("mean", "std")} | {"threads": torch.get_num_threads()}
-    about |= {"training images": sum(data.sizes("train")), "test images": sum(data.sizes("test"))}
-    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in about.items()), 79), flush=True)
+    """Print all that figures depend on. -> the state of a new run, or that of a stopped one"""
+    about = data.transform | vars(method.config) | {"threads": torch.get_num_threads()}
+    about |= {f"{part} images": sum(data.sizes(part)) for part in ("train", "test")}
+    about = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
+    print(textwrap.fill(about, 79), flush=True)
     if resume and (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", method.config.device, weights_only=True)
         method.restore(state["method"])
         print(f"{folder}: {len(state['records'])} tasks are learnt, going on", flush=True)
+        return state
+    zeros = torch.zeros(len(data.names), vit.num_features, device=method.config.device)
+    class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
+    state = {"settings": settings(method.config), "class_rows": class_rows, "records": []}
+    state |= {"matrix": {read_out: [] for read_out in class_rows}, "method": method.state()}
     if resume:
-        write_state(folder, state)  # also tries, before hours of training, whether it can be
+        write_state(folder, state)  # tries, before hours of training, whether it can be
     return state
 
 
 def write_state(folder, state):
     """Whole or not at all: beside, synced, renamed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with (folder / "state.part").open("wb") as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     (folder / "state.part").replace(folder / "state.pt")
 
 
 def evaluate(tested, class_rows, matrix, data, read_out):
-    """Test images of all classes seen: a row of each matrix. -> what the task's record says
-
-    tested: per task its test images' features (n, D) and labels (n,); matrix: grows by a row
-    """
+    """Add a row to each matrix; tested: per task (n, D), (n,). -> what the task's record says"""
     features, labels = (torch.cat(x) for x in zip(*tested))
     seen, sizes, record = data.tasks[: len(tested)], data.sizes("test"), {}
     for name, rows in class_rows.items():
@@ -564,17 +549,17 @@ def evaluate(tested, class_rows, matrix, data, read_out):
 def summary(vit, method, data, state, tested):
     """What results.json holds; accuracies in per cent, unrounded."""
     config, every, n = method.config, range(len(data.names)), data.sizes("test")
-    records, matrix = state["records"], state["matrix"][config.read_out]
+    records, matrix, weights = state["records"], state["matrix"][config.read_out], method.folded()
     seconds = {part: sum(r["seconds"][part] for r in records) for part in PARTS}
-    weights = method.folded()
     parts = [extract(vit, weights, data, "train", task, config) for task in data.tasks]
     oracle = class_means(*(torch.cat(x) for x in zip(*parts)), every)  # never a result
     tested = tested or [extract(vit, weights, data, "test", task, config) for task in data.tasks]
     features, labels = (torch.cat(x) for x in zip(*tested))
-    lora = sum(config.rank * sum(w.shape) for w in method.w0.values())
     stored = [*method.stored(), state["class_rows"][config.read_out]]
-    speed = dict.fromkeys(("training", "inference"))
-    if lora:
+    trained, speed = 0, dict.fromkeys(("training", "inference"))
+    if method.w0:
+        trained = sum(config.rank * sum(w.shape) for w in method.w0.values())
+        trained += len(data.tasks[0]) * vit.num_features
         speed["training"] = config.epochs * sum(data.sizes("train")) / seconds["train"]
         speed["inference"] = int(sum(np.cumsum(n))) / seconds["evaluate"]
     keys = "task_known_accuracy", "head_accuracy", "class_mean_accuracy"
@@ -588,7 +573,7 @@ def summary(vit, method, data, state, tested):
         "test_images_per_task": n,
         "classes": data.names,
         "class_order": data.order,
-        "parameters_trained": lora + (len(data.tasks[0]) * vit.num_features if lora else 0),
+        "parameters_trained": trained,
         "parameters_stored": sum(x.numel() for x in stored),
         "seconds": seconds,
         "images_per_second": speed,
@@ -619,15 +604,14 @@ def result_folder(config):
     """The run's folder, locked; refuses one that holds a run with other settings or is in use."""
     parts = [Path(config.dataset).name, f"T{config.tasks}", config.method, config.name]
     folder = Path(config.out) / "-".join(filter(None, [*parts, f"s{config.seed}"]))
-    cure, new = "give this one a --name or another --out", settings(config)
+    cure, new, old = "give this one a --name or another --out", settings(config), {}
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            old = {}
             try:
                 if (folder / "results.json").is_file():
                     old = json.loads((folder / "results.json").read_text("utf-8"))
-                    old = old["config"] | {k: old.get(k) for k in new if k.endswith("sha256")}
+                    old |= old["config"]
                 elif (folder / "state.pt").is_file():
                     old = torch.load(folder / "state.pt", weights_only=True)["settings"]
             except Exception as error:
@@ -646,33 +630,28 @@ def settings(config):
     """What makes a run another one: all but where things lie; files by content."""
     paths = ("out", "data_dir", "weights", "split_file", "restart")
     files = {"weights_sha256": sha256(config.weights), "split_sha256": sha256(split_file(config))}
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in paths} | files
+    return {k: v for k, v in vars(config).items() if k not in paths} | files
 
 
 def save(folder, vit, method, data, state, tested=None):
-    """results.json, and the folded model as timm writes it; each file appears whole or not at all.
-
-    timm.create_model("local-dir:FOLDER", pretrained=True) reads the model: its head has a row per
-    class, the unit class means.
-    """
+    """results.json, and the folded model as timm writes it, with unit class means as its head."""
     results, size = summary(vit, method, data, state, tested), data.transform["size"]
-    class_rows, weights = state["class_rows"][method.config.read_out], method.folded()
-    part = folder / "part"
-    part.mkdir(exist_ok=True)
+    class_rows, part = state["class_rows"][method.config.read_out], folder / "part"
     model = copy.deepcopy(vit).cpu()
     model.reset_classifier(len(data.names))
     head = {"head.weight": F.normalize(class_rows, dim=1), "head.bias": class_rows.sum(1) * 0}
-    model.load_state_dict(vit.state_dict() | weights | head, strict=True)
+    model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
     about = {k: data.transform[k] for k in ("mean", "std", "interpolation")}
     about |= {"input_size": (3, size, size), "crop_pct": method.config.crop_pct}
     about = {"label_names": data.names, "pretrained_cfg": about}
     made = {"img_size": size} | getattr(vit, "made_with", {})  # the demo's ViT is no timm name
+    shutil.rmtree(part, ignore_errors=True)  # what a run that was killed has left
     timm.models.save_for_hf(model, part, about, made, safe_serialization=True)
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     (part / "results.json").write_text(text, "utf-8")
-    for name in FILES:
+    for name in FILES:  # each appears whole or not at all
         (part / name).replace(folder / name)
-    part.rmdir()
+    shutil.rmtree(part)
     keys = "final_accuracy", "average_incremental_accuracy", "forgetting"
     print(", ".join(f"{key.replace('_', ' ')} {results[key]:.1f} %" for key in keys))
     print(f"written: {folder}\n", flush=True)
@@ -685,9 +664,9 @@ def sha256(file):
 
 def environment(config):
     """What else the figures depend on: versions, hardware, files."""
-    cuda, cpuinfo, name = "cuda" in config.device, Path("/proc/cpuinfo"), platform.processor()
-    if cpuinfo.is_file() and "model name" in cpuinfo.read_text():  # Linux
-        name = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
+    cuda, name, cpuinfo = "cuda" in config.device, platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():  # Linux
+        name = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0] or name
     name = torch.cuda.get_device_name(config.device) if cuda else name
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, timm, np)}
     return {
@@ -783,27 +762,23 @@ def class_order(names, how, seed):
 
 
 def load_data(config):
-    """Read, order, split and cap the data set of a resolved configuration. -> Data
-
-    --validate: the last 10 % (at least 3) of a class's training images are its test images.
-    """
+    """Read, order, split and cap the data set of a resolved configuration. -> Data"""
     pixels, labels, tests, names = read(config)
     order, train, test = class_order(names, config.class_order, config.seed), [], []
     if config.tasks > len(order):
         raise InputError(f"--tasks {config.tasks}: the data set has only {len(order)} classes")
     for label in order:
         learn, judge = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
-        if config.validate:
+        if config.validate:  # the last 10 %, at least 3
             learn, judge = np.split(learn, [-max(3, len(learn) // 10)])
         if not len(learn) or not len(judge):
             raise InputError(f"{names[label]}: {len(learn)} training and {len(judge)} test images")
         train.append(torch.from_numpy(learn[: config.images_per_class]))
         test.append(torch.from_numpy(judge[: config.test_images_per_class]))
     cfg, small = pretrained_cfg(config.model), config.dataset in SMALL  # others: already cropped
+    mean, std = (cfg.mean, cfg.std) if config.norm == "model" else ((0.0,) * 3, (1.0,) * 3)
     transform = {"size": config.img_size, "crop_pct": config.crop_pct if small else 1.0}
-    transform |= {k: getattr(cfg, k) for k in ("interpolation", "mean", "std")}
-    if config.norm == "unit":
-        transform |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    transform |= {"interpolation": cfg.interpolation, "mean": mean, "std": std}
     if "cuda" in config.device and pixels.nbytes < torch.cuda.mem_get_info(config.device)[0] / 2:
         pixels = pixels.to(config.device)
     # The first C % T tasks hold one class more.
@@ -812,22 +787,20 @@ def load_data(config):
 
 
 def read(config):
-    """A data set in its own order -> pixels (N, 3, S, S) uint8, labels, is it a test image, names.
-
-    Its folder is downloaded and unpacked where it is missing, its images are decoded once.
-    """
-    name, data_dir, cure = config.dataset, Path(config.data_dir), ""
+    """A data set in its own order -> pixels (N, 3, S, S) uint8, labels, is it for tests, names."""
+    name, data_dir = config.dataset, Path(config.data_dir)
     if name == "demo":
         return demo().read(config.seed)
     root, wanted = Path(name), IMAGES.get(name)
-    if wanted:
-        archive = data_dir / ARCHIVES[name].split("/")[-1]
-        root = data_dir / archive.name.split(".")[0]
-        cure = f"; {root} comes from {ARCHIVES[name]} (md5 {MD5[name]}): move away what is wrong, "
-        cure += f"or put {archive.name} into {data_dir} by hand"
+    cure = f"; known are demo, {', '.join(ARCHIVES)} or FOLDER/{{train,test}}/CLASS/*"
     try:
-        if wanted and not root.is_dir():
-            fetch(ARCHIVES[name], MD5[name], archive, root)
+        if wanted:
+            archive = data_dir / ARCHIVES[name].split("/")[-1]
+            root = data_dir / archive.name.split(".")[0]
+            cure = f"; {root} comes from {ARCHIVES[name]} (md5 {MD5[name]}): move away what is "
+            cure += f"wrong, or put {archive.name} into {data_dir} by hand"
+            if not root.is_dir():
+                fetch(ARCHIVES[name], MD5[name], archive, root)
         images, labels, tests, names = read_layout(name, root, split_file(config))
         labels, tests = np.asarray(labels), np.asarray(tests)
         found = (int((~tests).sum()), int(tests.sum()))
@@ -855,56 +828,50 @@ def fetch(url, md5, archive, root):
 
 def read_layout(name, root, split):
     """The official layouts -> files or pixels, labels, is it a test image (all N), class names."""
+    if name == "cub200":  # tables that give each image a class and a side of the split
+        tables = "images", "image_class_labels", "train_test_split", "classes"
+        files, labels, train, names = (np.loadtxt(root / f"{x}.txt", str)[:, 1] for x in tables)
+        files = [root / "images" / x for x in files]
+        return files, labels.astype(int) - 1, train == "0", names.tolist()
+    if split:  # CLASS/*, and a list of those that are test images
+        every, listed = ImageFolder(root), set(split.read_text("utf-8-sig").split("\n")) - {""}
+        files = [x for x, _ in every.samples]
+        relative = [Path(x).relative_to(root).as_posix() for x in files]
+        if missing := listed - set(relative):
+            raise ValueError(f"{len(missing):,} of {split} are not there: {sorted(missing)[:3]}")
+        return files, every.targets, [x in listed for x in relative], every.classes
     if name == "cifar100":  # pickles of 32 px images
         train, test = (CIFAR100(root.parent, part) for part in (True, False))
         files = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
-        files, labels, names = files.contiguous(), train.targets + test.targets, train.classes
-    elif name == "cub200":  # tables that give each image a class and a side of the split
-        tables = "images", "image_class_labels", "train_test_split", "classes"
-        lines = [(root / f"{table}.txt").read_text().splitlines() for table in tables]
-        files, labels, train, names = ([x.split()[1] for x in table] for table in lines)
-        files, labels = [root / "images" / x for x in files], [int(x) - 1 for x in labels]
-        return files, labels, np.array(train, int) == 0, names
+        files, labels = files.contiguous(), train.targets + test.targets
     elif name == "tiny_imagenet":  # its validation images are the test images, all in one folder
         train = ImageFolder(root / "train")
         lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
         test, wnids = zip(*(line.split("\t")[:2] for line in lines))
         files = [x for x, _ in train.samples] + [root / "val" / "images" / x for x in test]
-        labels, names = train.targets + [train.class_to_idx[x] for x in wnids], train.classes
-    elif split:  # CLASS/*, and a list of those that are test images
-        every, listed = ImageFolder(root), set(split.read_text("utf-8-sig").split("\n")) - {""}
-        files = [x for x, _ in every.samples]
-        relative = [Path(x).relative_to(root).as_posix() for x in files]
-        if missing := listed - set(relative):
-            raise ValueError(
-                f"{len(missing):,} of {split} are not there: {sorted(missing)[:3]} ..."
-            )
-        return files, every.targets, [x in listed for x in relative], every.classes
+        labels = train.targets + [train.class_to_idx[x] for x in wnids]
     else:
         train, test = (ImageFolder(root / part) for part in ("train", "test"))
         if other := set(train.classes) ^ set(test.classes):
             raise ValueError(f"{len(other)} classes in train or test only: {sorted(other)[:3]}")
         files, labels = zip(*(train.samples + test.samples))
-        names = train.classes
-    return files, labels, np.arange(len(labels)) >= len(train), names
+    return files, labels, np.arange(len(labels)) >= len(train), train.classes
 
 
 def split_file(config):
     """The list of test images in use; None where the data set says itself which they are."""
     if config.split_file or config.dataset != "imagenet_r":
         return config.split_file and Path(config.split_file)
-    found = [*Path(__file__).parent.glob("imagenet_r_test.txt")]
-    found += Path(__file__).parent.glob("extras/imagenet_r_test.txt")
-    if not found:
-        raise InputError("imagenet_r_test.txt is not beside ham.py or in extras/: --split-file")
-    return found[0]
+    for folder in (Path(__file__).parent, Path(__file__).parent / "extras"):
+        if (folder / "imagenet_r_test.txt").is_file():
+            return folder / "imagenet_r_test.txt"
+    raise InputError("imagenet_r_test.txt is not beside ham.py or in extras/: --split-file")
 
 
 def decode(files, root, config):
     """Image files -> (N, 3, S, S) uint8, resized and cropped by timm's own test transform.
 
-    Written once, whole or not at all, and memory-mapped, so that it may exceed memory; the name
-    is a hash of all that went into it: names, sizes and times of the files, and the transform.
+    Written once, whole or not at all, named by a hash of what went in; mapped: may exceed memory.
     """
     small, cfg = SMALL.get(config.dataset), pretrained_cfg(config.model)
     how = {"input_size": (3, *[small or config.img_size] * 2), "interpolation": cfg.interpolation}
@@ -920,10 +887,10 @@ def decode(files, root, config):
             image = ImageOps.exif_transpose(Image.open(file))
             if image.mode.startswith("I"):
                 raise OSError("more than 8 bit per channel: convert it")
-            image = image.convert("RGB")
+            image = crop(resize(image.convert("RGB")))
         except Exception as error:  # noqa: BLE001, PIL has many for broken files
             raise ValueError(f"{file} is not a readable image ({error})") from None
-        return np.asarray(crop(resize(image))).transpose(2, 0, 1).tobytes()
+        return np.asarray(image).transpose(2, 0, 1).tobytes()
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_suffix(".lock")), ThreadPoolExecutor() as pool:
@@ -946,8 +913,7 @@ def demo():
     try:
         from extras import demo
     except ImportError:
-        cure = "real images: --dataset cifar100 (see --help)"
-        raise InputError(f"the demo's drawings, extras/demo.py, are not there; {cure}") from None
+        raise InputError("no extras/demo.py, which draws: try --dataset cifar100") from None
     return demo
 
 
@@ -963,15 +929,15 @@ def pretrained_cfg(model):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    how, cure = {"num_classes": 0, "img_size": config.img_size}, "no network? --weights FILE"
+    cure = "is it this model's file?" if config.weights else "no network? --weights FILE"
+    how = {"pretrained": not config.weights, "num_classes": 0, "img_size": config.img_size}
     try:
         if config.model == "demo_vit":
             vit = demo().pretrained(config.seed, config.device, config.precision)
-        elif config.weights:
-            cure = "is it this model's file?"
-            vit = load_weights(timm.create_model(config.model, **how), config.weights)
         else:
-            vit = timm.create_model(config.model, pretrained=True, **how)
+            vit = timm.create_model(config.model, **how)
+        if config.weights:
+            load_weights(vit, config.weights)
     except Exception as error:  # each format and each way to download has errors of its own
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise InputError(f"weights of {config.model}: {reason} ({cure})") from error
@@ -983,10 +949,8 @@ def build_vit(config):
 
 
 def load_weights(vit, file):
-    """Every weight from a file, position embeddings resampled by timm; a head may be left over.
-
-    timm itself is not strict where a model has no head: what is missing would stay random.
-    """
+    """Every weight from a file, position embeddings resampled by timm; a head may be left over."""
+    # timm itself is not strict where a model has no head: what is missing would stay random.
     adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda x, _: x)
     state, wanted = adapt(timm.models.load_state_dict(file), vit), vit.state_dict()
     missing = [k for k, x in wanted.items() if k not in state or state[k].shape != x.shape]
@@ -994,7 +958,6 @@ def load_weights(vit, file):
     if missing or surplus:
         raise ValueError(f"{file} lacks {missing[:3]} ..., has besides {surplus[:3]} ...")
     vit.load_state_dict({k: state[k] for k in wanted}, strict=True)
-    return vit
 
 
 def lora_layers(vit, layers):
@@ -1011,7 +974,7 @@ def lora_layers(vit, layers):
 
 # Constant c of each method; `learning_rate` has the law. Among the best on held-out images of
 # CIFAR-100 (results/README.md); the form is our choice: at one rate, a longer task drifts further.
-LEARNING_RATE = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2, "joint": 1e-3}
+LEARNING_RATE = {"ham": 1e-3, "sequential": 8e-4, "average": 1e-2, "joint": 1e-3}
 
 
 def learning_rate(method, n):
@@ -1043,15 +1006,15 @@ class Config:
     norm: str = option("model", "the weights' mean and std, or [0, 1]", ("model", "unit"))
     method: str = option(
         None,
-        "ham, or a control: one LoRA trained on and on; the average of adapters trained alone; all "
-        "classes as one task; no training; default ham, demo: ham, sequential and frozen",
+        "ham; controls: one LoRA trained on and on, the average of adapters trained alone, all "
+        "classes as one task, no training; default ham, demo: ham, sequential and frozen",
         tuple(METHODS),
     )
     rank: int = option(8, "r, rank of an adapter (ours)")
     layers: str = option("qkv", "layers with LoRA, any of qkv,proj,fc1,fc2 (ours)")
     tau: float = option(0.1, "τ, join if s > τ; 1: open first (ours)")
     g_max: int = option(5, "G_max, most groups (that there is one: abstract; 5: ours)")
-    grouping: str = option("cosine", "the group to join (cosine: abstract)", ("cosine", "random"))
+    grouping: str = option("cosine", "the group to join (cosine: review)", ("cosine", "random"))
     rho: float = option(0.9, "ρ, fraction of A and of B that pruning keeps (ours)")
     merge: str = option(
         "solution",
@@ -1075,9 +1038,7 @@ class Config:
     precision: str = option("auto", "auto: bf16 where it is native", ("auto", "bf16", "fp32"))
     out: str = option("runs", "folder for the result folders")
     name: str = option(None, "part of the result folder's name; tells budgets and ablations apart")
-    restart: bool = option(
-        False, "forget what a stopped or complete run of these settings has left"
-    )
+    restart: bool = option(False, "forget what a run of these settings has left")
 
 
 TITLES = {"dataset": "data", "model": "model", "method": "method", "epochs": "training"}
@@ -1121,25 +1082,26 @@ def resolve(config):
 def check(config):
     """Raise InputError for the first setting that cannot be."""
     for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        flag = f"--{f.name.replace('_', '-')} {value}"
-        if choices and value not in (None, *choices):
+        name, value, choices = f.name, getattr(config, f.name), f.metadata["choices"]
+        flag = f"--{name.replace('_', '-')} {value}"
+        if value is None:
+            continue
+        if choices and value not in choices:
             raise InputError(f"{flag}: must be one of {', '.join(choices)}")
-        number = f.type in ("int", "float") and f.name not in ("seed", "tau") and value is not None
-        most = 1 if f.name in ("rho", "crop_pct") else sys.float_info.max
-        if number and not 0 < value <= most:
-            raise InputError(f"{flag}: must be above 0" + " and at most 1" * (most == 1))
-        files = f.name in ("weights", "split_file", "class_order")
-        if files and value not in (None, "random", "natural") and not Path(value).is_file():
+        if name in ("rho", "crop_pct") and not 0 < value <= 1:
+            raise InputError(f"{flag}: must be above 0 and at most 1")
+        if name == "seed" and not 0 <= value < 2**32:
+            raise InputError(f"{flag}: must be from 0 to 2^32 - 1")
+        number = f.type in ("int", "float") and name not in ("seed", "tau")
+        if number and not 0 < value < math.inf:
+            raise InputError(f"{flag}: must be above 0")
+        file = name in ("weights", "split_file", "class_order")
+        if file and value not in ("random", "natural") and not Path(value).is_file():
             raise InputError(f"{flag}: no such file")
-    if config.dataset not in ("demo", *ARCHIVES) and not Path(config.dataset).is_dir():
-        known = f"demo, {', '.join(ARCHIVES)} or a folder with {{train,test}}/CLASS/*"
-        raise InputError(f"--dataset {config.dataset}: must be one of {known}")
-    if config.device != "auto":
-        try:
-            torch.empty(0, device=config.device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    try:
+        torch.empty(0, device=config.device.replace("auto", "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
 
 
 def fail(message):
@@ -1171,7 +1133,6 @@ def stop(number, _):
 
 
 def main(argv=None):
-    """The command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # terminals that have no α
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
@@ -1185,11 +1146,11 @@ def main(argv=None):
             run(config)
     except (InputError, OSError) as error:  # OSError: a disk that is full, a folder read-only
         fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         cure = "--batch-size, --img-size, --images-per-class, a smaller --model"
-        fail(f"{str(error).splitlines()[0]:.150} (smaller: {cure})")
+        fail(f"{str(error).splitlines()[0]:.150} (less memory: {cure})")
 
 
 if __name__ == "__main__":

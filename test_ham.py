@@ -1020,6 +1020,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(fol
         ("--rank 0", "--rank 0: must be above 0"),
         ("--epochs -3", "--epochs -3: must be above 0"),
         ("--lr inf", "--lr inf: must be above 0"),
+        ("--seed -1", "--seed -1: must be from 0"),
+        (f"--seed {2**32}", "must be from 0"),
         ("--lr nan", "--lr nan: must be above 0"),
         ("--rank many", "invalid int value: 'many'"),
         ("--method hma", "must be one of ham, sequential"),
@@ -1137,7 +1139,7 @@ def test_demo_as_a_user_runs_it(tmp_path):
     assert sum(x.startswith("task") for x in lines) == 30
     for method in ("ham", "sequential", "frozen"):
         r = json.loads((tmp_path / f"demo-T10-{method}-s0/results.json").read_text())
-        assert 10 < r["final_accuracy"] < 90  # above chance (3.3 %), not trivial
+        assert 5 < r["final_accuracy"] < 90  # above chance (3.3 %), not trivial
         assert any(x.startswith(method) and f"{r['final_accuracy']:.1f}" in x for x in lines)
     model = timm.create_model(f"local-dir:{tmp_path}/demo-T10-ham-s0", pretrained=True)
     assert model.num_classes == 30
@@ -1195,7 +1197,7 @@ def test_inline_metadata_is_the_run_time_part_of_the_requirements():
 def test_learning_rate_is_what_help_says(folder, tmp_path):
     for n, share in ((100, 1.0), (250, 1.0), (375, 1.0), (1250, 0.3), (2500, 0.15)):
         assert ham.learning_rate("ham", n) == pytest.approx(1e-3 * share)
-        assert ham.learning_rate("sequential", n) == pytest.approx(3e-4 * share)
+        assert ham.learning_rate("sequential", n) == pytest.approx(8e-4 * share)
         assert ham.learning_rate("joint", n) == 1e-3
     results = ham.run(config(folder, tmp_path, images_per_class=2))
     assert results["config"]["lr"] == 1e-3

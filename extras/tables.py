@@ -237,6 +237,23 @@ def side_by_side(results=RESULTS):
     return markdown(table[columns], "data, T, images per class", "method")
 
 
+def law(results=RESULTS):
+    """Held-out accuracy by learning rate and training images per task, CIFAR-100, 5 to 20 tasks."""
+    plain, found = {*BUDGET, "method", "lr", "seed", "hardware"}, []
+    for r in screened(results):
+        c = r.get("config") or {"dataset": None}
+        few = c["dataset"] == "cifar100" and (c["images_per_class"] or 0) >= 50
+        if few and c["tasks"] in (5, 20) and set(r["settings"]) <= plain and "code_change" not in r:
+            n = 100 * c["images_per_class"] // c["tasks"]
+            found.append({"method": c["method"], "n": n, "lr": c["lr"], "end": r["class-mean"][1]})
+    r = pd.DataFrame(found)
+    cells = r.groupby(["method", "n", "lr"])["end"].agg(lambda x: f"{x.mean():.1f} ({len(x)})")
+    table = cells.unstack("lr").fillna("").rename(columns="{:g}".format)
+    order = sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))
+    table = table.loc[order]
+    return markdown(table, "method", "images per task")
+
+
 def screening(results=RESULTS):
     """What was tried on held-out images, in the order it was tried."""
     lines = []
@@ -276,7 +293,8 @@ def related(results=RESULTS):
 
 def fill(text, results=RESULTS):
     """Replace what stands between <!-- table NAME --> and <!-- end -->."""
-    makers = (claims, growth, others, parts, related, settings, efficiency, side_by_side, screening)
+    makers = [claims, growth, others, parts, related, settings, efficiency, side_by_side]
+    makers += [law, screening]
     made = {maker.__name__: maker for maker in makers}
     between = re.compile(r"(<!-- table (\S+) -->).*?(<!-- end -->)", re.DOTALL)
     return between.sub(lambda m: f"{m[1]}\n{made[m[2]](results)}\n{m[3]}", text)
