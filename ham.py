@@ -42,9 +42,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -753,7 +755,8 @@ def class_order(names, how, seed):
     random, n = np.random.RandomState(seed), len(names)
     if how in ("random", "natural"):
         return random.permutation(n).tolist() if how == "random" else list(range(n))
-    blocks = [block.split("\n") for block in Path(how).read_text("utf-8").strip().split("\n\n")]
+    lines = [line.strip() for line in Path(how).read_text("utf-8-sig").strip().splitlines()]
+    blocks = [block.split("\n") for block in re.split("\n\n+", "\n".join(lines))]
     listed = [name for i in random.permutation(len(blocks)) for name in blocks[i]]
     if sorted(listed) != sorted(names):
         wrong = set(listed) ^ set(names) or {x for x in listed if listed.count(x) > 1}
@@ -868,6 +871,17 @@ def split_file(config):
     raise InputError("imagenet_r_test.txt is not beside ham.py or in extras/: --split-file")
 
 
+def cache_folder(data_dir):
+    folder = Path(data_dir) / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # read-only
+        folder = Path(tempfile.gettempdir()) / "ham-cache"
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
 def decode(files, root, config):
     """Image files -> (N, 3, S, S) uint8, resized and cropped by timm's own test transform.
 
@@ -879,7 +893,7 @@ def decode(files, root, config):
     stats = [(str(file)[len(str(root)) :], Path(file).stat()) for file in files]
     key = json.dumps([how, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
     key = f"{how['input_size'][1]}px-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    cache = Path(config.data_dir) / "cache" / f"{root.name}-{key}.npy"
+    cache = cache_folder(config.data_dir) / f"{root.name}-{key}.npy"
     resize, crop = timm.data.create_transform(**how).transforms[:2]
 
     def pixels(file):
@@ -892,7 +906,6 @@ def decode(files, root, config):
             raise ValueError(f"{file} is not a readable image ({error})") from None
         return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_suffix(".lock")), ThreadPoolExecutor() as pool:
         if not cache.is_file():
             part, shape = cache.with_suffix(".part"), (len(files), *how["input_size"])
@@ -902,7 +915,10 @@ def decode(files, root, config):
                 for i in tqdm(range(0, len(files), 1000), "decoding, thousands", disable=None):
                     file.writelines(pool.map(pixels, files[i : i + 1000]))
             part.rename(cache)
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))
+    try:
+        return torch.from_numpy(np.load(cache, mmap_mode="c"))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{cache} is broken ({error}): delete it") from None
 
 
 # ---------------------------------------------------------------------------------------- Backbone
@@ -929,7 +945,7 @@ def pretrained_cfg(model):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = "is it this model's file?" if config.weights else "no network? --weights FILE"
+    cure = "is it this model's file?" if config.weights else "a ViT? no network: --weights FILE"
     how = {"pretrained": not config.weights, "num_classes": 0, "img_size": config.img_size}
     try:
         if config.model == "demo_vit":
@@ -941,7 +957,9 @@ def build_vit(config):
     except Exception as error:  # each format and each way to download has errors of its own
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise InputError(f"weights of {config.model}: {reason} ({cure})") from error
-    if not hasattr(vit, "blocks") or config.img_size % vit.patch_embed.patch_size[0]:
+    if not all(hasattr(block, "attn") for block in getattr(vit, "blocks", [None])):
+        raise InputError(f"--model {config.model}: no vision transformer of attention blocks")
+    if config.img_size % vit.patch_embed.patch_size[0]:
         raise InputError(f"--img-size {config.img_size}: no multiple of {config.model}'s patches")
     for block in vit.blocks:  # on a CPU the fused kernel's backward takes half of a bf16 step
         block.attn.fused_attn &= "cpu" not in config.device

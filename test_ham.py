@@ -445,6 +445,8 @@ def test_class_order_from_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(ham.InputError, match=named):
             ham.class_order(names, str(file), 1)
+    file.write_text("\ufeffcat \ndog\n \n\nbee\nant\n\n", "utf-8")  # from another editor
+    assert {tuple(ham.class_order(names, str(file), seed)) for seed in range(20)} == orders
 
 
 def test_superclasses_are_20_blocks_of_5():
@@ -746,6 +748,27 @@ def test_odd_image_files(tmp_path):
     assert (turned - torch.from_numpy(upright[4:36, ::-1].copy()).permute(2, 0, 1)).abs().mean() < 1
 
 
+def test_16_bit_images_a_read_only_folder_and_a_broken_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(ham.tempfile, "tempdir", str(tmp_path))
+    Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "rgb.png").write_bytes(picture(1, kind="PNG"))
+    (tmp_path / "file").write_text("")  # no folder can be made below it
+    c = layout_config(cub200, tmp_path / "file")
+    with pytest.raises(ValueError, match="deep.png .*8 bit"):
+        ham.decode([tmp_path / "deep.png"], tmp_path, c)
+    ham.decode([tmp_path / "rgb.png"], tmp_path, c)
+    (cache,) = (tmp_path / "ham-cache").glob("*.npy")
+    cache.write_bytes(cache.read_bytes()[:500])
+    with pytest.raises(ValueError, match="is broken .*delete it"):
+        ham.decode([tmp_path / "rgb.png"], tmp_path, c)
+
+
+def test_a_model_without_attention_blocks_is_named(tmp_path):
+    c = dataclasses.replace(layout_config(cub200, tmp_path), model="resnet18", weights="x")
+    with pytest.raises(ham.InputError, match="resnet18"):
+        ham.build_vit(c)
+
+
 def test_the_cache_knows_what_went_into_it(publish, tmp_path):
     publish(cub200, tmp_path)
 
@@ -1013,30 +1036,48 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(fol
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "task" not in done.stdout
 
 
+POSITIVE = "tasks images-per-class test-images-per-class img-size rank g-max epochs batch-size"
+BAD = [
+    (f"--{flag} {value}", f"--{flag} {value}: must be above 0")
+    for flag in POSITIVE.split()
+    for value in (0, -3)
+]
+BAD += [(f"--{flag} 1.5", "invalid int value: '1.5'") for flag in POSITIVE.split()]
+RATES = "lr lr-alpha lr-head rho crop-pct"
+BAD += [
+    (f"--{flag} {value}", f"--{flag} {value}: must be above 0")
+    for flag in RATES.split()
+    for value in (0.0, -0.1, "inf", "nan")
+]
+BAD += [(f"--{flag} much", "invalid float value: 'much'") for flag in [*RATES.split(), "tau"]]
+BAD += [
+    (f"--{flag} nothing", "must be one of")
+    for flag in ["norm", "method", "grouping", "merge", "read-out", "precision"]
+]
+BAD += [(f"--{flag} nowhere", "no such file") for flag in ("weights", "split-file", "class-order")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--rho 0", "--rho 0.0: must be above 0 and at most 1"),
-        ("--rank 0", "--rank 0: must be above 0"),
-        ("--epochs -3", "--epochs -3: must be above 0"),
-        ("--lr inf", "--lr inf: must be above 0"),
+        *BAD,
+        ("--rho 1.1", "--rho 1.1: must be above 0 and at most 1"),
         ("--seed -1", "--seed -1: must be from 0"),
         (f"--seed {2**32}", "must be from 0"),
-        ("--lr nan", "--lr nan: must be above 0"),
-        ("--rank many", "invalid int value: 'many'"),
-        ("--method hma", "must be one of ham, sequential"),
         ("--tsks 3", "unrecognized arguments: --tsks 3"),
-        ("--dataset nowhere", "{train,test}/CLASS"),
-        ("--class-order nowhere.txt", "nowhere.txt: no such file"),
+        ("--tasks", "expected one argument"),
+        ("--validate yes", "unrecognized arguments: yes"),
+        ("--dataset nowhere --model test_vit", "{train,test}/CLASS"),
         ("--dataset cifar100 --model vit_huge", "vit_huge"),
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
-        ("--dataset cifar100 --weights nowhere.pth", "no such file"),
         ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
+        ("--layers ,", "qkv,proj,fc1,fc2"),
         ("--img-size 33 --method ham", "--img-size 33"),
         ("--device quantum", "--device quantum"),
         ("--device cuda:77", "--device cuda:77"),
         ("--tasks 31 --method frozen", "only 30 classes"),
         ("--model deit_tiny_patch16_224.fb_in1k", "drop --model"),
+        (f"--method ham --name {'x' * 300}", "too long"),
     ],
 )
 def test_a_bad_flag_gives_one_line_and_status_2(arguments, says, capsys, monkeypatch, tmp_path):
