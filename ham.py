@@ -453,9 +453,10 @@ RECORD += ("images_per_second", "head_accuracy")  # of a task; None where nothin
 
 def run(config):
     """One method over all tasks, as from the command line. Config -> what results.json holds"""
-    given, default, config = config, type(config)(), resolve(config)
-    texts = [{(k, str(v)) for k, v in vars(c).items()} for c in (given, default, config)]
-    if ignored := sorted(k for k, _ in set.difference(*texts) if k != "model"):  # it got its tag
+    given, config = config, resolve(config)
+    every = given, type(given)(), config
+    asked, default, used = ({(k, str(v)) for k, v in vars(c).items()} for c in every)
+    if ignored := sorted(k for k, _ in asked - default - used if k != "model"):  # it got its tag
         print(f"{config.method} ignores {', '.join(ignored)}", flush=True)
     data, vit = load_data(config), build_vit(config)
     w0 = {} if config.method == "frozen" else lora_layers(vit, config.layers)
