@@ -1163,8 +1163,10 @@ def main(argv=None):
             demo().compare(run, config)
         else:
             run(config)
-    except (InputError, OSError) as error:  # OSError: a disk that is full, a folder read-only
+    except InputError as error:
         fail(error)
+    except OSError as error:  # a disk that is full, a folder that is read-only
+        fail(f"--out {config.out}: {error}; once it is mended, the same command goes on")
     except Exception as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
