@@ -21,7 +21,7 @@ W0        w0             (d, k)          a frozen weight, one per adapted layer
 B_i, A_i  b, a           (d, r), (r, k)  LoRA factors of task i; ΔW_i = B_i A_i, `delta_w`
 α_i       alpha          ()              importance of task i's adapter
 ΔW_G      Group.delta_w  (d, k)          adapter of a group: dense, or factors (d, r n), (r n, k)
-α_G       alpha_groups   (M,)            one importance per group, trained with every task
+α_G       alpha_groups   (M,)            one importance per group (Group.alpha), always trained
 M, G_max  m, g_max       int             groups so far, and the most there may be
 τ         tau            float           similarity above which a task joins a group
 ρ         rho            float           fraction of weights that pruning keeps
@@ -149,7 +149,7 @@ def prune(x, rho):
 def shares(n, how):
     """(4) Scale: the shares of a new member and of its group of n. int, str -> float, float
 
-    solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, at α_G = 1 the mean of what each task ended with
+    solution:  α_i ΔW_i / (n + 1) + α_G ΔW_G, at α_G = 1 the mean of what its tasks ended with
     mean:      (α_i ΔW_i + n α_G ΔW_G) / (n + 1), the mean of what each task added
     sum:       α_i ΔW_i + α_G ΔW_G, literal: concatenating factors adds their products
     Scaling by importance: review; sharing a group out, and as which mean: our choice.
@@ -197,8 +197,8 @@ class Trainable:
         """(1) for every layer. w0: dict layer: (d, k) -> dict layer: (d, k)"""
         weights = {}
         for name, w in w0.items():
-            groups = self.delta_w_groups[name], self.alpha_groups
-            weights[name] = effective_weight(w, *groups, *self.adapter[name], self.alpha)
+            under = self.delta_w_groups[name], self.alpha_groups
+            weights[name] = effective_weight(w, *under, *self.adapter[name], self.alpha)
         return weights
 
     def parameters(self, config):
@@ -421,7 +421,7 @@ def accuracies(logits, labels, tasks):
 
 def accuracy_so_far(per_task, sizes):
     """A_t = correct / all test images seen so far. per_task: a[t]; sizes: test images of a task."""
-    return sum(a * n for a, n in zip(per_task, sizes)) / sum(sizes[: len(per_task)])
+    return sum(x * n for x, n in zip(per_task, sizes)) / sum(sizes[: len(per_task)])
 
 
 def forgetting(matrix):
