@@ -1117,6 +1117,8 @@ def check(config):
         file = name in ("weights", "split_file", "class_order")
         if file and value not in ("random", "natural") and not Path(value).is_file():
             raise InputError(f"{flag}: no such file")
+    if config.split_file and config.dataset in {"demo", *ARCHIVES} - {"imagenet_r"}:
+        raise InputError("--split-file is for imagenet_r and folders: the others have their own")
     try:
         torch.empty(0, device=config.device.replace("auto", "cpu"))
     except (RuntimeError, AssertionError) as error:

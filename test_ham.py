@@ -1070,6 +1070,7 @@ BAD += [(f"--{flag} nowhere", "no such file") for flag in ("weights", "split-fil
         ("--dataset nowhere --model test_vit", "{train,test}/CLASS"),
         ("--dataset cifar100 --model vit_huge", "vit_huge"),
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
+        (f"--dataset cub200 --split-file {ROOT / 'ham.py'}", "is for imagenet_r and folders"),
         ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
         ("--layers ,", "qkv,proj,fc1,fc2"),
         ("--img-size 33 --method ham", "--img-size 33"),
