@@ -662,6 +662,7 @@ def save(folder, vit, method, data, state, tested=None):
 
 
 def sha256(file):
+    """Hexadecimal digest of a file, None for no file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
@@ -819,15 +820,19 @@ def read(config):
 def fetch(url, md5, archive, root):
     """Make a data set's folder from its archive, which is downloaded where it is not there."""
     part = root.with_name(root.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    if not archive.is_file():
-        utils.download_and_extract_archive(url, part, md5=md5)
-    elif utils.check_integrity(archive, md5):
-        utils.extract_archive(archive, part)
-    else:
-        raise ValueError(f"{archive} is not whole, or not that file")
-    (part / root.name).rename(root)
-    shutil.rmtree(part)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(part.with_suffix(".lock")):
+        if root.is_dir():  # by another run, meanwhile
+            return
+        part.mkdir(exist_ok=True)
+        if not archive.is_file():
+            utils.download_and_extract_archive(url, part, md5=md5)
+        elif utils.check_integrity(archive, md5):
+            utils.extract_archive(archive, part)
+        else:
+            raise ValueError(f"{archive} is not whole, or not that file")
+        (part / root.name).rename(root)
+        shutil.rmtree(part)
 
 
 def read_layout(name, root, split):
@@ -873,6 +878,7 @@ def split_file(config):
 
 
 def cache_folder(data_dir):
+    """Where decoded images lie; a temporary folder where data_dir cannot be written."""
     folder = Path(data_dir) / "cache"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1154,6 +1160,7 @@ def stop(number, _):
 
 
 def main(argv=None):
+    """The command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # terminals that have no α
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
