@@ -10,7 +10,7 @@ of the groups so far; by cosine similarity the adapter joins one of at most G_ma
 is pruned, scaled and merged. All groups are folded into the weights for inference.
 
     python ham.py                                  # demo: nothing to download
-    python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: wants a GPU)
+    python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: needs a GPU)
     python ham.py --help                           # every setting: meaning, source, default
 
 Written without access to the paper's body: what is from the abstract, from a third-party review or
@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """A setting or file the user can mend; the text says how. The command line exits with 2."""
+    """A setting or file that the user can fix; the text says how. The command line exits with 2."""
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -470,7 +470,7 @@ def learn(vit, method, data, loss=task_loss, resume=True):
     """The loop over tasks, or what a stopped run has left of it. -> what results.json holds"""
     with result_folder(method.config) as folder:
         if (folder / "results.json").is_file():
-            print(f"{folder} is complete; --restart makes it anew", flush=True)
+            print(f"{folder} is complete; --restart runs it again", flush=True)
             return json.loads((folder / "results.json").read_text("utf-8"))
         state, tested, sizes = begin(folder, vit, method, data, resume), [], data.sizes("train")
         class_rows, records, config = state["class_rows"], state["records"], method.config
@@ -1132,7 +1132,7 @@ def check(config):
 
 
 def fail(message):
-    """A mistake the user can mend: one line, exit status 2."""
+    """A mistake that the user can fix: one line, exit status 2."""
     sys.exit(print(f"ham.py: {message}", file=sys.stderr) or 2)
 
 
@@ -1145,7 +1145,7 @@ def parse(argv=None, kind=Config, manual=__doc__):
         group = parser.add_argument_group(TITLES[f.name]) if f.name in TITLES else group
         text, choices = f.metadata["text"], f.metadata["choices"]
         text += f" [{' | '.join(choices)}]" if choices else ""
-        text += f" (default {f.default})" if f.default is not None else ""
+        text += f" (default {f.default})" if f.default not in (None, False) else ""
         how = {"type": {"int": int, "float": float}.get(f.type, str), "metavar": f.type.upper()}
         how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else how
         flag = f"--{f.name.replace('_', '-')}"
@@ -1175,7 +1175,7 @@ def main(argv=None):
     except InputError as error:
         fail(error)
     except OSError as error:  # a disk that is full, a folder that is read-only
-        fail(f"--out {config.out}: {error}; once it is mended, the same command goes on")
+        fail(f"--out {config.out}: {error}; when that is fixed, the same command goes on")
     except Exception as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise

@@ -24,6 +24,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -303,6 +304,30 @@ def test_groups_are_sums_of_pruned_members(folder, tmp_path, how, grouping):
         for name, update in group.delta_w.items():
             want = sum(x * alone[task][name] for x, task in zip(c, members))
             torch.testing.assert_close(ham.dense(update), want.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["solution", "mean", "sum"])
+def test_which_tasks_share_a_group_does_not_matter(how):
+    """Scalars at 1: only a member's place of entry, or the size of its group, reaches the weights."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    w0, adapters = {"layer": normal(8, 6)}, [(normal(8, 2), normal(2, 6)) for _ in range(6)]
+
+    def folded(groups):
+        method = ham.HAM(w0, types.SimpleNamespace(seed=0, rho=0.5, merge=how))
+        method.groups = [ham.Group({}) for _ in range(2)]
+        for task, j in enumerate(groups):
+            method.join(method.groups[j], task, {"layer": adapters[task]}, 1.0)
+        return method.folded()["layer"]
+
+    turns = folded([0, 1, 0, 1, 0, 1])  # first, second, third of their group: two tasks each
+    for swapped in ([0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 0]):
+        torch.testing.assert_close(folded(swapped), turns)
+    other_sizes = (folded([0, 0, 0, 0, 0, 1]) - turns).abs().max()
+    assert other_sizes < 1e-9 if how == "sum" else other_sizes > 0.1
 
 
 @pytest.mark.parametrize("method", ["ham", "sequential", "average", "joint"])
