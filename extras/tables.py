@@ -1,9 +1,10 @@
-"""Make the tables and the figure of README.md and results/README.md from results/.
+"""Make the tables and pictures of README.md and of results/ from what is in results/.
 
-python -m extras.tables            # rewrite what stands between the markers, and the figure
-python -m extras.tables --check    # exit status 1 if that would change a table
+python -m extras.tables            # rewrite what stands between markers, the pictures, the CSV
+python -m extras.tables --check    # exit status 1 if that would change a table or the CSV
 
-`runs` has a line per run, `summary` one per row of a setting; most tables are parts of these.
+A table is a DataFrame with text in its cells, for a notebook; `markdown` writes it for a README.
+Accuracies in per cent: mean ± standard deviation over seeds. Differences: mean [95 % interval].
 """
 
 import argparse
@@ -13,14 +14,18 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CONTROLS = ["ham", "sequential", "average", "frozen", "joint"]
-OTHERS = ["treelora", "safm", "sd_lora", "o_lora", "ewc"]
+OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc"]
 METHODS = CONTROLS + OTHERS
-SETTINGS = {  # in which methods are compared: data set, tasks, --name
+DATA = {"cifar100": "CIFAR-100", "cub200": "CUB-200"}
+DATA |= {"tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
+SETTINGS = {  # in which methods are compared: data set, tasks, --name; {method: a --name of its own}
     "CIFAR-100, 50 per class, T = 5": ("cifar100", 5, "i50"),
     "CIFAR-100, 50 per class, T = 10": ("cifar100", 10, "i50"),
     "CIFAR-100, 50 per class, T = 20": ("cifar100", 20, "i50"),
@@ -49,29 +54,62 @@ PARTS = {  # of HAM, CIFAR-100, T = 20: what tasks are made of, what was changed
     ("superclasses", "ham"): "i50-super",
     ("superclasses", "random group"): "i50-super-random",
 }
+NOISE = {  # the first run of PARTS again, with nothing changed that should matter
+    ("noise", "ham"): "i50",
+    ("noise", "again"): "i50-again",
+    ("noise", "two threads"): "i50-2threads",
+    ("noise", "fp32"): "i50-fp32",
+}
+COMPARED = [*SETTINGS, *dict.fromkeys(tasks for tasks, _ in PARTS)]
 KINDS = "aaptpttaatpaaaaaaptt"  # of superclasses: animals, plants and landscapes, things
 RUN = ["config.dataset", "config.tasks", "config.method", "config.name"]
-ROWS = [  # setting, row, the run behind it
-    (setting, method, data, 1 if method == "joint" else tasks, method, name)
-    for setting, (data, tasks, name) in SETTINGS.items()
-    for method in METHODS
-] + [(*part, "cifar100", 20, "ham", name) for part, name in PARTS.items()]
 
 
-def cell(values, digits=1):
-    """Mean ± standard deviation over seeds; a dash where nothing was measured."""
-    mean, spread = values.mean(), values.std()
-    text = f"{mean:.{digits}f} ± {spread:.{digits}f}".removesuffix(" ± nan")
-    return "–" if pd.isna(mean) else text
+def rows():
+    """(setting, row, the run behind it) of every table but those of held-out images."""
+    for setting, (data, tasks, name, *own) in SETTINGS.items():
+        for method in METHODS:
+            t, named = 1 if method == "joint" else tasks, dict(*own).get(method, name)
+            yield setting, method, data, t, method, named
+    for (setting, row), name in (PARTS | NOISE).items():
+        yield setting, row, "cifar100", 20, "ham", name
 
 
-def ahead(gap):
-    """Differences by seed -> mean ± standard error, bold: above two of these, three seeds or more."""
-    mean, error = gap.mean(), gap.sem()
-    text = f"{round(mean, 1) + 0.0:+.1f} ± {error:.1f}".removesuffix(" ± nan")  # + 0.0: not -0.0
-    if gap.count() > 2 and abs(mean) > 2 * error:
-        return f"**{text}**"
-    return "–" if pd.isna(mean) else text
+def signed(x):
+    return f"{round(x, 1) + 0.0:+.1f}"  # + 0.0: not -0.0
+
+
+def half(x):
+    """Half the width of the 95 % interval of a mean, by t: nan for one value."""
+    return stats.t.ppf(0.975, x.count() - 1) * x.sem()
+
+
+def cell(x, digits=1, spread=pd.Series.std):
+    """Mean ± spread over seeds; a dash where nothing was measured."""
+    text = f"{x.mean():.{digits}f} ± {spread(x):.{digits}f}".removesuffix(" ± nan")
+    return text if x.count() else "–"
+
+
+def holm(p):
+    """p-values -> these after Holm's correction for as many as there are."""
+    p = p.dropna().sort_values()
+    return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+
+
+def differences(gaps):
+    """Seeds × what is compared -> mean and 95 % interval by t, bold where Holm leaves p < 0.05."""
+    n, mean, width, text = gaps.count(), gaps.mean(), half(gaps), {}
+    p = holm(pd.Series(2 * stats.t.sf((mean / gaps.sem()).abs(), n - 1), gaps.columns))
+    for key in gaps:
+        m, w = mean[key], width[key]
+        text[key] = f"{signed(m)} [{signed(m - w)}, {signed(m + w)}]" if n[key] > 1 else signed(m)
+        text[key] = f"**{text[key]}**" if p.get(key, 1) < 0.05 else text[key].replace("+nan", "–")
+    return pd.Series(text, gaps.columns)
+
+
+def told(gaps):
+    """{heading: seeds × settings} -> settings × headings, all of it one family for Holm."""
+    return differences(pd.concat(gaps, axis="columns")).unstack(0).reindex(columns=gaps)
 
 
 COLUMNS = {  # heading: key in results.json, what makes a cell of its values over seeds
@@ -90,100 +128,111 @@ COLUMNS = {  # heading: key in results.json, what makes a cell of its values ove
     "trained per task": ("parameters_trained", lambda x: f"{x.mean() / 1e3:,.0f} k"),
     "peak memory GiB": ("peak_memory_bytes", lambda x: cell(x / 2**30)),
     "stored": ("parameters_stored", lambda x: f"{x.mean() / 1e3:,.0f} k"),
-    "seeds": ("config.seed", "count"),
+    "seeds": ("config.seed", lambda x: f"{x.count()}"),
     "which seeds": ("config.seed", lambda x: ", ".join(map(str, x))),
 }
 
 
-def runs(results=RESULTS, settings=None):
+def runs(results=RESULTS, settings=COMPARED):
     """A line per row and seed, of settings in which HAM was run. Nested keys: config.seed, ..."""
     files = sorted(Path(results).glob("*/results.json"))
     found = pd.json_normalize([json.loads(file.read_text("utf-8")) for file in files])
     found["config.name"] = found["config.name"].fillna("")
-    r = pd.DataFrame(ROWS, columns=["setting", "row", *RUN]).merge(found)
-    measured = set(settings or r.setting) & set(r.setting[r.row == "ham"])
-    return r[r.setting.isin(measured)]
+    r = pd.DataFrame(rows(), columns=["setting", "row", *RUN]).merge(found)
+    return r[r.setting.isin({*settings} & {*r.setting[r.row == "ham"]})]
 
 
 def by_seed(r, key="final_accuracy"):
-    """Seeds × (setting, row) of one measure, nan where a row has not that seed."""
-    return r.pivot(index="config.seed", columns=["setting", "row"], values=key)
+    """Seeds × (row, setting) of one measure, nan where a row has not that seed."""
+    return r.pivot(index="config.seed", columns=["row", "setting"], values=key)
 
 
-def summary(r):
-    """(setting, row) × COLUMNS, and HAM less the row over the seeds both have, as text."""
+def summary(r, columns, names=("setting", "method")):
+    """(setting, row) × columns of COLUMNS; ham − it: HAM less the row, over the seeds both have."""
     which = ["setting", "row", "config.seed"]
     figures = list({key for key, _ in COLUMNS.values()} - {*which})
     r = r[which].join(r.reindex(columns=figures).astype(float))  # null, or in no run: nan
     r["drift"] = r["class_mean_oracle"] - r["final_accuracy"]
     table, final = r.groupby(which[:2], sort=False).agg(**COLUMNS), by_seed(r)
-    table["ham − it"] = [ahead(final[s, "ham"] - final[s, row]) for s, row in table.index]
-    table.loc[(slice(None), "ham"), "ham − it"] = ""
-    return table
+    gaps = {(s, row): final["ham", s] - final[row, s] for s, row in table.index if row != "ham"}
+    table["ham − it"] = differences(pd.DataFrame(gaps))
+    return table.fillna("")[columns].rename_axis(names)
 
 
-def markdown(table, *headings):
-    """headings: those of the index, which becomes the first columns"""
-    table = table.rename_axis(headings).reset_index()
+def markdown(table):
+    """As a README has it, the index as first columns."""
+    if table.columns.nlevels > 1:
+        table = table.set_axis(table.columns.map("{0[0]}, T = {0[1]}".format), axis="columns")
     # cells stay as they are, and unpadded: a new figure changes one line
-    return table.to_markdown(index=False, disable_numparse=True, stralign=None)
+    return table.reset_index().to_markdown(index=False, disable_numparse=True, stralign=None)
 
 
-def claims(results=RESULTS):
-    """HAM against its controls: what the abstract claims, as far as measured."""
-    r, lines = runs(results, SETTINGS), {}
-    final, forgetting = by_seed(r), by_seed(r, "forgetting")
-    for setting in r.setting.unique():
-        f, forgot = (x[setting].reindex(columns=CONTROLS) for x in (final, forgetting))
-        mean = f.dropna(subset=["ham", "sequential", "joint"]).mean()
-        way = 100 * (mean.ham - mean.sequential) / (mean.joint - mean.sequential)
-        above = forgot.sub(forgot.frozen, axis="index").mean()
-        above = f"{above.ham:.1f} / {above.sequential:.1f}"
-        lines[setting] = f.agg(cell).to_dict() | {
-            "ham − sequential": ahead(f.ham - f.sequential),
-            "ham − average": ahead(f.ham - f.average),
-            "of the way to joint": f"{way:.0f} %" if mean.joint > mean.sequential else "–",
-            "forgetting above frozen's: ham / sequential": above.replace("nan", "–"),
-            "seeds": f.ham.count(),
-        }
-    return markdown(pd.DataFrame.from_dict(lines, "index"), "final accuracy")
+def headline(results=RESULTS):
+    """Final accuracy of HAM and its controls: mean ± half of the 95 % interval (seeds)."""
+    shown = {f"CIFAR-100, 50 per class, T = {t}": f"CIFAR-100, T = {t}" for t in (20, 50)}
+    shown |= {"CUB-200, T = 10": "CUB-200, T = 10"}
+    final = by_seed(runs(results, shown))
+    table = final.agg(lambda x: f"{cell(x, spread=half)} ({x.count()})").unstack()
+    table = table.reindex(CONTROLS, columns=shown).astype(object).fillna("–")
+    return table.rename(columns=shown).rename_axis("method")
+
+
+def controls(results=RESULTS):
+    """HAM against its controls in every setting: what the abstract claims, as far as measured."""
+    r = runs(results, SETTINGS)
+    order = r.setting.unique()
+    every = pd.MultiIndex.from_product([CONTROLS, order])
+    f, forgot = (by_seed(r, key).reindex(columns=every) for key in ("final_accuracy", "forgetting"))
+    table = pd.DataFrame({row: f[row].agg(cell) for row in CONTROLS})
+    gaps = {f"ham − {row}": f.ham - f[row] for row in ("sequential", "average")}
+    gaps["forgetting: ham − sequential"] = forgot.ham - forgot.sequential
+    table = table.join(told(gaps))
+    way = gaps["ham − sequential"].where(f.joint.notna()).mean()
+    way /= (f.joint - f.sequential).where(f.ham.notna()).mean()
+    table["of the way to joint"] = way.map("{:.0%}".format).replace("nan%", "–")
+    table["seeds"] = f.ham.count().map(str)
+    return table.loc[order].rename_axis("setting")
 
 
 def growth(results=RESULTS):
-    """Does the advantage grow with the number of tasks? Over all seeds, and on one that all have."""
-    final = by_seed(runs(results, [s for s, (*_, name) in SETTINGS.items() if name == "i50"]))
-    gaps = final.xs("ham", axis=1, level="row") - final.xs("sequential", axis=1, level="row")
-    gaps = gaps.dropna(axis="columns", how="all")
-    one = gaps.dropna().iloc[0]
-    table = {"ham − sequential": gaps.agg(ahead), "seeds": gaps.count()}
-    table[f"on seed {one.name} alone"] = one.map("{:+.1f}".format)
-    return markdown(pd.DataFrame(table), "")
+    """Does the advantage grow with the number of tasks?"""
+    r = runs(results, [setting for setting, run in SETTINGS.items() if run[2] == "i50"])
+    f, order = by_seed(r), r.setting.unique()
+    gap = (f.ham - f.sequential)[order]
+    more = gap.iloc[:, 1:].sub(gap[order[0]], axis="index")
+    table = told({"ham − sequential": gap, f"more than at {order[0].split(', ')[-1]}": more})
+    table["seeds"] = gap.count().map(str)
+    return table.loc[order].astype(object).fillna("").rename_axis("setting")
 
 
 def others(results=RESULTS):
     """HAM, `sequential` and the methods of extras/baselines.py, where one of these was run."""
     r = runs(results, SETTINGS)
     r = r[r.setting.isin(r.setting[r.row.isin(OTHERS)])]
-    table = summary(r[r.row.isin(["ham", "sequential", *OTHERS])])
+    r = r[r.row.isin(["ham", "sequential", *OTHERS])]
     columns = ["final accuracy", "ham − it", "forgetting", "task known", "stored", "seeds"]
-    return markdown(table[columns], "", "method")
+    return summary(r, columns)
 
 
 def parts(results=RESULTS):
     """HAM's parts, each changed by itself. Drift: oracle means − final accuracy."""
-    table = summary(runs(results, ["random classes", "superclasses"]))
     columns = ["final accuracy", "ham − it", "forgetting", "learning", "drift", "seeds"]
-    return markdown(table[columns], "tasks of", "changed")
+    return summary(runs(results, COMPARED[len(SETTINGS) :]), columns, ["tasks of", "changed"])
 
 
-def efficiency(results=RESULTS):
+def costs(results=RESULTS):
     """What each method costs. `joint`, one task, stands in the first of its settings only."""
     r = runs(results, SETTINGS).drop_duplicates([*RUN, "config.seed"])
-    return markdown(summary(r).loc[:, "training s":"stored"], "", "method")
+    return summary(r, list(COLUMNS)[8:15])
+
+
+def measures(results=RESULTS):
+    """Every measure of every row."""
+    return summary(runs(results), [*list(COLUMNS)[:7], "stored", "which seeds"], ["setting", "row"])
 
 
 def settings(results=RESULTS):
-    """Each setting's budget and what was not measured in it; then all measures."""
+    """Each setting's budget, and which methods run elsewhere were not measured in it."""
     r = runs(results)
     r = r.assign(test_images=r["test_images_per_task"].map(sum))
     keys = [f"config.{key}" for key in ("model", "img_size", "epochs", "images_per_class")]
@@ -193,86 +242,40 @@ def settings(results=RESULTS):
         found = sorted(set(values.dropna()))
         return " and ".join(x if isinstance(x, str) else f"{x:,g}" for x in found) or "all"
 
-    def missing(setting):
-        rows = set(r.row[r.setting == setting])
-        return ", ".join(row for s, row, *_ in ROWS if s == setting and row not in rows)
-
-    budget = r.groupby("setting", sort=False)[keys].agg(distinct)
-    budget.columns = [key.split(".")[-1].replace("_", " ") for key in keys]
-    budget["not measured"] = budget.index.map(missing)
-    nothing = [setting for setting in SETTINGS if setting not in budget.index]
-    nothing += ["ImageNet-R", "Tiny-ImageNet", "ViT-B/16"]
-    columns = ["final accuracy", "ham − it", *list(COLUMNS)[1:7], "stored", "which seeds"]
-    tables = [markdown(budget, ""), markdown(summary(r)[columns], "", "row")]
-    return f"\n\nNot measured at all: {'; '.join(nothing)}.\n\n".join(tables)
+    table = r.groupby("setting", sort=False)[keys].agg(distinct)
+    table.columns = [key.split(".")[-1].replace("_", " ") for key in keys]
+    found = set(zip(r.setting, r.row))
+    wanted = pd.DataFrame(rows()).rename(columns={0: "setting", 1: "row"})
+    wanted = wanted[wanted.row.isin(r.row) & wanted.setting.isin(COMPARED)]
+    for setting, every in wanted.groupby("setting", sort=False).row:
+        missing = [row for row in every if (setting, row) not in found]
+        table.loc[setting, "not measured"] = "all" if [*every] == missing else ", ".join(missing)
+    return table.fillna("–")
 
 
-BUDGET = ["dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size"]
+def noise(results=RESULTS):
+    """How far a run moves where nothing that matters is changed, and how near joins are to a tie."""
 
+    def margin(r):  # of joins: the best similarity less the second
+        found = [(t["group"], sorted(t["similarities"])) for tasks in r.tasks for t in tasks]
+        found = pd.Series([s[-1] - s[-2] for group, s in found if max(group, 1) < len(s)])
+        return {"joins": f"{len(found)}", "median margin": f"{found.median():.3f}"}
 
-def screened(results):
-    """Every run of extras/screen.py, on held-out images, in the order they were made."""
-    file = Path(results) / "validate" / "screening.jsonl"
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-
-
-def side_by_side(results=RESULTS):
-    """Methods on held-out images and one GPU that 16 runs shared, each at the best of its rates."""
-    plain = {*BUDGET, "method", "lr", "seed"}
-    found = [s for s in screened(results) if "NVIDIA" in s.get("hardware", "")]
-    found = [s for s in found if set(s["settings"]) <= plain and "code_change" not in s]
-    r = pd.json_normalize(found).rename(columns={"config.method": "row"})
-    r["setting"] = [", ".join(str(s["config"][key] or "all") for key in BUDGET[:3]) for s in found]
-    r["final_accuracy"], r["class_mean_oracle"] = r["class-mean"].str[1], r["oracle"]
-    r["place"] = r.row.map(METHODS.index)
-    r = r[r.setting.isin(r.setting[r.row == "ham"])].sort_values(["setting", "place"])
-    # the best of the rates that have the most seeds
-    rates = r.groupby(["setting", "row", "config.lr"])["final_accuracy"].agg(["count", "mean"])
-    rates = rates.sort_values(["count", "mean"]).reset_index("config.lr")["config.lr"]
-    rates = rates.groupby(["setting", "row"]).agg(["last", "count"])
-    table = summary(r.merge(rates["last"].rename("config.lr").reset_index()))
-    tried = rates["count"].map(" (of {})".format)
-    table["lr (of tried)"] = rates["last"].map("{:g}".format) + tried
-    columns = ["lr (of tried)", "final accuracy", "ham − it", "oracle means", "training s", "seeds"]
-    return markdown(table[columns], "data, T, images per class", "method")
-
-
-def law(results=RESULTS):
-    """Held-out accuracy by learning rate and training images per task, CIFAR-100, 5 to 20 tasks."""
-    plain, found = {*BUDGET, "method", "lr", "seed", "hardware"}, []
-    for r in screened(results):
-        c = r.get("config") or {"dataset": None}
-        few = c["dataset"] == "cifar100" and (c["images_per_class"] or 0) >= 50
-        if few and c["tasks"] in (5, 20) and set(r["settings"]) <= plain and "code_change" not in r:
-            n = 100 * c["images_per_class"] // c["tasks"]
-            found.append({"method": c["method"], "n": n, "lr": c["lr"], "end": r["class-mean"][1]})
-    r = pd.DataFrame(found)
-    cells = r.groupby(["method", "n", "lr"])["end"].agg(lambda x: f"{x.mean():.1f} ({len(x)})")
-    table = cells.unstack("lr").fillna("").rename(columns="{:g}".format)
-    order = sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))
-    table = table.loc[order]
-    return markdown(table, "method", "images per task")
-
-
-def screening(results=RESULTS):
-    """What was tried on held-out images, in the order it was tried."""
-    lines = []
-    for r in screened(results):
-        s = {"batch_size": 32, "images_per_class": "all", "method": "ham"} | r["settings"]
-        budget = [s[key] for key in (*BUDGET[:3], "batch_size")]
-        budget += ["GPU"] if "NVIDIA" in r.get("hardware", "") else []
-        tried = {k: v for k, v in s.items() if k not in (*BUDGET, "method", "batch_size")}
-        tried = [s["method"], *(f"{k} {v}".removesuffix(".0") for k, v in tried.items())]
-        tried += [r["code_change"]] if "code_change" in r else []
-        figures = [
-            cell(pd.Series([x], dtype=float)) for x in (*r["class-mean"], r["head"][1], r["oracle"])
-        ]
-        sizes = " ".join(map(str, r["group_sizes"] or "–"))
-        tasks = f"{r['tasks_learnt'] // 2}, {r['tasks_learnt']}"
-        lines.append([", ".join(map(str, budget)), ", ".join(tried), tasks, *figures, sizes])
-    columns = ["data, T, images per class, batch", "settings", "after tasks", "half-way", "end"]
-    columns += ["end, by the head", "oracle means", "group sizes"]
-    return markdown(pd.DataFrame(lines, columns=columns).set_index(columns[0]), columns[0])
+    every, lines = runs(results), {}
+    r = runs(results, ["noise"])
+    seeds = set(r["config.seed"][r.row != "ham"]) or {1993}
+    for _, seed in r[r["config.seed"].isin(seeds)].groupby("config.seed"):
+        ways = [pd.DataFrame(tasks) for tasks in seed.tasks]  # the first: ham
+        for way, (_, run) in zip(ways, seed.iterrows()):
+            lines[run.row, f"{run['config.seed']}", run.hardware] = {
+                "final accuracy": f"{run.final_accuracy:.1f}",
+                "largest difference of A_t": f"{(way.accuracy - ways[0].accuracy).abs().max():.1f}",
+                "tasks in another group": f"{(way.group != ways[0].group).sum()}",
+            } | margin(seed[seed.row == run.row])
+    every = every[(every["config.method"] == "ham") & (every["config.grouping"] == "cosine")]
+    every = every.drop_duplicates([*RUN, "config.seed"])
+    lines[f"all {len(every)} HAM runs", "", ""] = margin(every)
+    return pd.DataFrame(lines).T.fillna("").rename_axis(["run", "seed", "hardware"])
 
 
 def related(results=RESULTS):
@@ -288,38 +291,143 @@ def related(results=RESULTS):
                 pairs.append((f"in one group, {row}", a == b))
     same = pd.DataFrame(pairs, columns=["tasks", "same"]).groupby("tasks", sort=False).same
     share = (100 * same.mean()).map("{:.0f} %".format)
-    return markdown(pd.DataFrame({"pairs": same.count(), "of one kind": share}), "tasks")
+    return pd.DataFrame({"pairs": same.count().map(str), "of one kind": share})
+
+
+def screening(results=RESULTS):
+    """Every run of extras/screen.py, on held-out images, in the order they were made."""
+    file, lines = Path(results) / "validate" / "screening.jsonl", []
+    named = ["dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size"]
+    named += ["batch_size", "method", "lr", "seed"]
+    for r in map(json.loads, file.read_text("utf-8").splitlines()):
+        s = {"images_per_class": "all", "batch_size": 32, "method": "ham", "seed": 1993}
+        s |= r["settings"] | {"lr": r.get("config", r["settings"]).get("lr")}
+        changed = [f"{k} {v}".removesuffix(".0") for k, v in s.items() if k not in named]
+        line = [DATA[s["dataset"]], *(s[k] for k in named[1:3]), s["batch_size"], s["method"]]
+        line += [", ".join(changed + [r[k] for k in ["code_change"] if k in r])]
+        line += [f"{s['lr']:g}" if s["lr"] else None, s["seed"], r["tasks_learnt"]]
+        line += [*r["class-mean"], r["head"][1], r["oracle"]]
+        line += [" ".join(map(str, r["group_sizes"] or [])), r.get("seconds", {}).get("train")]
+        lines.append([*line, r.get("hardware", "CPU")])
+    columns = "data set, tasks, images per class, batch size, method, changed, learning rate, seed"
+    columns += ", tasks learnt, half-way, end, end by the head, oracle means, group sizes"
+    return pd.DataFrame(lines, columns=[*columns.split(", "), "training s", "hardware"])
+
+
+def side_by_side(results=RESULTS):
+    """Methods on held-out images and one GPU that 16 runs shared, each at the best of its rates."""
+    r = screening(results)
+    r = r[r.hardware.str.contains("NVIDIA") & (r.changed == "") & (r["batch size"] == 32)]
+    names = {"method": "row", "end": "final_accuracy", "oracle means": "class_mean_oracle"}
+    r = r.rename(columns=names | {"training s": "seconds.train", "seed": "config.seed"})
+    budget = zip(r["data set"], r["tasks"], r["images per class"])
+    r["setting"] = ["{}, T = {}, {}".format(*b) for b in budget]
+    r = r.assign(place=r.row.map(METHODS.index)).sort_values(["setting", "place"], kind="stable")
+    key = ["setting", "row", "learning rate"]
+    r = r[r.setting.isin(r.setting[r.row == "ham"])].drop_duplicates([*key, "config.seed"])
+    # the best of the rates that have the most seeds
+    rates = r.groupby(key)["final_accuracy"].agg(["count", "mean"]).sort_values(["count", "mean"])
+    rates = rates.reset_index("learning rate").groupby(key[:2])["learning rate"]
+    columns = ["final accuracy", "ham − it", "oracle means", "training s", "seeds"]
+    r = r.merge(rates.last().reset_index())
+    table = summary(r, columns, ["data, T, images per class", "method"])
+    table.insert(0, "lr (of tried)", rates.last() + rates.size().map(" (of {})".format))
+    return table
+
+
+def law(results=RESULTS):
+    """Held-out accuracy by learning rate and training images per task, CIFAR-100, 5 and 20 tasks."""
+    r = screening(results)
+    r = r[(r["data set"] == "CIFAR-100") & (r.changed == "") & (r["batch size"] == 32)]
+    r = r[r.tasks.isin([5, 20]) & (r["tasks learnt"] == r.tasks) & (r["images per class"] != "all")]
+    r = r[r["images per class"] >= 50]
+    r["images per task"] = (100 * r["images per class"] // r.tasks).astype(int)
+    end = r.groupby(["method", "images per task", "learning rate"])["end"]
+    table = end.agg(lambda x: f"{x.mean():.1f} ({len(x)})").unstack().fillna("")
+    table = table[sorted(table, key=float)].rename_axis("", axis="columns")
+    return table.loc[sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))]
+
+
+def grid(paper=None, results=RESULTS):
+    """The paper's grid, final accuracy: its own figures, where someone has typed them; what was
+    measured here; what others published. Empty: not measured.
+    paper: {(method, data set, T): value}, e.g. {("HAM", "CIFAR-100", 20): 90.1}
+    """
+    paper = {("HAM", "CIFAR-100", 20): ""} | (paper or {})
+    lines = [("the paper", f"{method} (paper)", *at, f"{x}") for (method, *at), x in paper.items()]
+    r = runs(results, SETTINGS)
+    for (setting, row), x in r.groupby(["setting", "row"], sort=False):
+        model, px, n = x[["config.model", "config.img_size", "config.images_per_class"]].iloc[0]
+        n = "all images" if pd.isna(n) else f"{n:.0f} images per class"
+        data, tasks, *_ = SETTINGS[setting]
+        here = f"here: {model.split('_patch')[0]}, {px} px, {n}"
+        lines.append((here, row, DATA[data], tasks, cell(x["final_accuracy"])))
+    published = pd.read_csv(ROOT / "extras" / "published_results.csv", dtype=str)
+    for p in published.itertuples():
+        where = f"{p.backbone}: {', '.join(p.source.split(', ')[:2])}"
+        lines.append((where, p.method, p.dataset, int(p.tasks), p.final_accuracy))
+    names = ["figures of", "method", "data set", "T"]
+    table = pd.DataFrame(lines, columns=[*names, "x"]).pivot_table(
+        "x", names[:2], names[2:], aggfunc=" / ".join, fill_value="", sort=False
+    )
+    place = [*DATA.values()].index
+    return table[sorted(table, key=lambda at: (place(at[0]), at[1]))]
+
+
+TABLES = [headline, controls, growth, parts, related, others, settings, measures, costs, noise]
+TABLES = {table.__name__: table for table in [*TABLES, side_by_side, law, grid]}
 
 
 def fill(text, results=RESULTS):
     """Replace what stands between <!-- table NAME --> and <!-- end -->."""
-    makers = [claims, growth, others, parts, related, settings, efficiency, side_by_side]
-    makers += [law, screening]
-    made = {maker.__name__: maker for maker in makers}
     between = re.compile(r"(<!-- table (\S+) -->).*?(<!-- end -->)", re.DOTALL)
-    return between.sub(lambda m: f"{m[1]}\n{made[m[2]](results)}\n{m[3]}", text)
+    return between.sub(lambda m: f"{m[1]}\n{markdown(TABLES[m[2]](results=results))}\n{m[3]}", text)
 
 
-def figure(results=RESULTS):
+def apart(heights, gap):
+    """Heights of labels: these, moved up where two are nearer than gap."""
+    heights = heights.sort_values()
+    for i in range(1, len(heights)):
+        heights.iloc[i] = max(heights.iloc[i], heights.iloc[i - 1] + gap)
+    return heights
+
+
+def accuracy_figure(results=RESULTS, setting="CIFAR-100, 50 per class, T = 20"):
     """Accuracy against tasks: means over seeds, bands from the lowest to the highest seed."""
-    panels = list(runs(results, SETTINGS).groupby("setting", sort=False))
-    rows = -(-len(panels) // 3)
-    fig, axes = plt.subplots(rows, 3, squeeze=False, figsize=(14, 3.4 * rows), layout="constrained")
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    looks = {"ham": "o-", "sequential": "s--", "average": "v-.", "frozen": "^:"}
-    for ax, (setting, s) in zip(axes.flat, panels):
-        for method, tasks in s.groupby("row", sort=False)["tasks"]:
-            curves = pd.DataFrame([[task["accuracy"] for task in run] for run in tasks])
-            if method == "joint":  # one task: a line at its height
-                ax.axhline(curves[0].mean(), color="#999999", lw=1, label="joint")
-                continue
-            steps, color = curves.columns + 1, f"C{METHODS.index(method)}"
-            ax.plot(steps, curves.mean(), looks.get(method, "-"), color=color, ms=4, label=method)
-            ax.fill_between(steps, curves.min(), curves.max(), color=color, alpha=0.2, lw=0)
-        ax.set(title=setting, xlabel="after task", ylabel="accuracy, all classes seen (%)")
-        ax.locator_params("x", integer=True)
-        ax.legend(frameon=False, fontsize=8, ncols=2)
+    colors = ["#000000", "#D55E00", "#0072B2", "#009E73", "#666666"]  # Okabe and Ito
+    r = runs(results, [setting])
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps, ends = range(1, max(map(len, r.tasks)) + 1), {}
+    for row, color, style in zip(CONTROLS, colors, ["o-", "s--", "v-.", "^:", "-"]):
+        curves = [[task["accuracy"] for task in tasks] for tasks in r.tasks[r.row == row]]
+        if curves:
+            curves = pd.DataFrame(curves).reindex(columns=range(len(steps))).ffill(axis="columns")
+            ax.plot(steps, curves.mean(), style, color=color, ms=4)  # joint: one task, a level line
+            ax.fill_between(steps, curves.min(), curves.max(), color=color, alpha=0.15, lw=0)
+            ends[row] = curves.mean().iloc[-1]
+    for row, height in apart(pd.Series(ends), 2.2).items():
+        text = {"va": "center", "color": colors[CONTROLS.index(row)]}
+        ax.text(1.02 * len(steps), height, f"{row} {ends[row]:.1f}", **text)
+    ax.set(title=setting, xlabel="after task", ylabel="accuracy, all classes seen (%)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.locator_params("x", integer=True)
+    return fig
+
+
+def stored_figure(results=RESULTS, settings=("CIFAR-100, 50 per class, T = 20", "CUB-200, T = 10")):
+    """Final accuracy against the parameters that are kept, backbone aside, for all methods."""
+    fig, axes = plt.subplots(1, len(settings), figsize=(9, 4), layout="constrained", squeeze=False)
+    for ax, setting in zip(axes.flat, settings):
+        r = runs(results, [setting]).groupby("row")
+        x, y = r["parameters_stored"].mean(), r["final_accuracy"].mean()
+        for _, near in y.groupby(np.log10(x).round()):
+            for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
+                color = "#D55E00" if row == "ham" else "#0072B2" if row in CONTROLS else "#000000"
+                ax.plot(x[row], y[row], "s" if row in CONTROLS else "o", color=color, ms=5)
+                ax.text(1.15 * x[row], height, f"{row} {y[row]:.1f}", va="center")
+        ax.set(title=setting, xlabel="parameters stored", ylabel="final accuracy (%)", xscale="log")
+        ax.set_xlim(x.min() / 1.5, 8 * x.max())
+        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 
@@ -327,15 +435,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     check = parser.parse_args().check
-    for file in (ROOT / "README.md", RESULTS / "README.md"):
-        text = file.read_text("utf-8")
-        new = fill(text)
-        if check and new != text:
+    readmes = [ROOT / "README.md", RESULTS / "README.md"]
+    made = {file: fill(file.read_text("utf-8")) for file in readmes}
+    csv = screening().round(2).to_csv(index=False, lineterminator="\n")
+    made[RESULTS / "validate" / "screening.csv"] = csv
+    for file, new in made.items():
+        if check and new != file.read_text("utf-8"):
             raise SystemExit(f"{file} is not what results/ says: python -m extras.tables")
-        if new != text:
+        if not check:
             file.write_text(new, "utf-8")
     if not check:
-        figure().savefig(RESULTS / "accuracy.png", dpi=80, metadata={"Software": None})
+        plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "", "savefig.facecolor": "w"}
+        for name, figure in ("accuracy", accuracy_figure()), ("stored", stored_figure()):
+            figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
