@@ -73,6 +73,7 @@ def rows():
 
 
 def signed(x):
+    """One digit and its sign."""
     return f"{round(x, 1) + 0.0:+.1f}"  # + 0.0: not -0.0
 
 
