@@ -187,7 +187,7 @@ def controls(results=RESULTS):
     table = table.join(told(gaps))
     way = gaps["ham − sequential"].where(f.joint.notna()).mean()
     way /= (f.joint - f.sequential).where(f.ham.notna()).mean()
-    table["of the way to joint"] = way.map("{:.0%}".format).replace("nan%", "–")
+    table["of the way to joint"] = (100 * way).map("{:.0f} %".format).replace("nan %", "–")
     table["seeds"] = f.ham.count().map(str)
     return table.loc[order].rename_axis("setting")
 

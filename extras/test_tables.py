@@ -40,7 +40,7 @@ def test_controls_are_means_and_paired_differences(results):
     (line,) = tables.controls(results).reset_index().values.tolist()  # HAM − sequential: 1, 3, 2
     finals = ["72.0 ± 2.0", "70.0 ± 1.0", "72.0 ± 4.2", "50.0", "76.0"]
     # t of 2 degrees of freedom 4.303, standard deviation 1: 4.303 / √3 = 2.48; of 1: 12.706 / 1
-    gaps = ["+2.0 [-0.5, +4.5]", "+0.0 [-12.7, +12.7]", "-2.0 [-4.5, +0.5]", "14%", "3"]
+    gaps = ["+2.0 [-0.5, +4.5]", "+0.0 [-12.7, +12.7]", "-2.0 [-4.5, +0.5]", "14 %", "3"]
     assert line == ["CIFAR-100, 50 per class, T = 20", *finals, *gaps]
     growth = tables.growth(results).loc["CIFAR-100, 50 per class, T = 20"]
     assert growth.tolist() == ["+2.0 [-0.5, +4.5]", "", "3"]
