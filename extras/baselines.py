@@ -55,9 +55,9 @@ class Gain(ham.HAM):
 class First(ham.Sequential):
     """The first task's adapter, then nothing moves: class means under those weights.
 
-    First-session adaptation, what APER, SimpleCIL's heir, and RanPAC start from. (APER joins the
-    frozen features to these, RanPAC projects them at random: both left out.) `head` rows of later
-    tasks stay 0: read class means.
+    First-session adaptation, what APER and RanPAC build on. (APER puts the frozen features beside
+    these, RanPAC a random projection behind them: left out. SimpleCIL is ham.py's `frozen`.)
+    results.json counts what a later task trains, nothing; head rows of later tasks stay 0.
     """
 
     def finish(self, task, trained):
@@ -144,9 +144,11 @@ class EWC(ham.Sequential):
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
 # loss + λ Σ_l |g - ĝ_k|₁: in each layer l, g, the gradient of a batch's loss by A and B, is drawn
-# to ĝ_k, that of an earlier task, and which one (k) a bandit finds out on a tree of the tasks.
+# to ĝ_k, that of an earlier task; which task (k), a bandit finds out on a tree of the tasks.
 #
 # Paper (arXiv 2506.10355; public code)           here
+# g, ĝ: gradients, "directions" (3.1)             divided by their L1 norms: of raw ones the smallest
+#                                                   is nearest, 182 times of 204, whatever the task
 # ĝ_k: of task k's model; on this batch (3.2),    its mean over task k's training; keeping k's model
 #   or its mean on task k (3.1; public: A itself)   for another backward pass per step: left out
 # tree: halves at the median L1 distance from     the same, made anew after each task; paper: a task
@@ -155,14 +157,14 @@ class EWC(ham.Sequential):
 # merging leaves when storage runs out            left out
 # Eq. 2, per layer; leaf: μ̂ - 2 sqrt(log t / n)   the same, times σ, the spread of a leaf's distances
 #   inner: max(least child's, its own - δ)          (public: all tasks, drawn by softmax)
-# μ̂: mean of |g - ĝ_k|₁ where k was taken         of |g - ĝ_k|₁ - |g - ĝ_root|₁: what batch it was
-#                                                   matters 10 times as much as which task
-# λ 0.1 to 1 (public: an inner product, scaled    λ over |g|₁ + |ĝ_k|₁ as numbers: λ needs no unit
+# μ̂: mean of |g - ĝ_k|₁ where k was taken,        of |ḡ - ĝ_k|₁ - |ḡ - ĝ_root|₁, ḡ this task's mean
+#   g a batch's (public: the sum so far)            so far: else which batch it was matters more
+# λ 0.1 to 1 (public: an inner product, scaled    λ of directions: needs no unit
 #   to the loss and to training progress)
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
-# ViTs: on HiDe's task decomposition (task        one LoRA trained on, class means: left out
-#   known by a classifier of its own, head anew)
+# ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
+#   is inferred, then predicted within)
 
 DEEPEST = 5
 
@@ -172,7 +174,7 @@ class Node:
     """Earlier tasks in one branch of the tree; a leaf where it has no children."""
 
     tasks: list
-    gradient: list  # per layer ĝ (P,), the mean over its tasks
+    gradient: list  # per layer ĝ (P,), the mean of its tasks' directions
     delta: list  # per layer δ, the median L1 distance of its tasks from it
     children: list
 
@@ -195,6 +197,11 @@ def grow(tasks, gradients, level=0):
         parts = [sorted(tasks[i] for i in part) for part in (order[:half], order[half:])]
         node.children = [grow(part, gradients, level + 1) for part in parts]
     return node
+
+
+def directions(gradient):
+    """Each layer's divided by its L1 norm, a number. list of (P,) -> list of (P,)"""
+    return [x / x.detach().abs().sum().clamp(min=1e-12) for x in gradient]
 
 
 class Bandit:
@@ -243,48 +250,52 @@ class Bandit:
 
 
 class TreeLoRA(ham.Sequential):
-    """One LoRA trained on and on, and the mean gradient of every earlier task."""
+    """One LoRA trained on and on, and the direction of every earlier task's mean gradient."""
 
     def __init__(self, w0, config):
         super().__init__(w0, config)
         self.gradients = []  # per task, per layer ĝ (P,)
 
     def start(self):
-        self.sum, self.steps, self.bandits = None, 0, []
+        self.sum, self.bandits = None, []
         if self.gradients:
             root = grow(list(range(len(self.gradients))), self.gradients)
             self.bandits = [Bandit(root, layer) for layer in range(len(root.gradient))]
         return super().start()
 
     def penalty(self, trained, loss):
-        """Its value is of no use, its gradient is that of λ Σ_l |g - ĝ_k|₁ / (|g|₁ + |ĝ_k|₁).
+        """Its value is of no use, its gradient is that of λ Σ_l |g - ĝ_k|₁ by A and B.
 
-        By A and B, not by the head; the denominator is a number (ours).
+        Not by the head, and not through g's norm (ours).
         """
         x, pull = factors(trained.adapter), bool(self.bandits)
         g = torch.autograd.grad(loss, x, retain_graph=True, create_graph=pull)
         g = [vector(ba) for ba in zip(g[::2], g[1::2])]  # per layer (P,)
         self.sum = [s + y.detach() for s, y in zip(self.sum or [0.0] * len(g), g)]
-        self.steps += 1
         if not pull:
             return torch.zeros_like(loss)
-        second = torch.autograd.grad(self.config.penalty * self.share(g), x, retain_graph=True)
+        distance = self.config.penalty * self.distance(directions(g), directions(self.sum))
+        second = torch.autograd.grad(distance, x, retain_graph=True)
         return sum((y * z.detach()).sum() for y, z in zip(x, second))
 
-    def share(self, g):
-        """Let each layer choose and see. g: per layer (P,) -> Σ_l of shares in [0, 1]"""
+    def distance(self, g, so_far):
+        """Let each layer choose a leaf and see how far it is from this task so far.
+
+        g, so_far: directions of a batch's gradient and of all so far, per layer (P,) -> (), of g
+        """
         paths = [bandit.choose() for bandit in self.bandits]
-        near = [path[-1].gradient[layer] for layer, path in enumerate(paths)]
-        apart = torch.stack([(x - y).abs().sum() for x, y in zip(g, near)])  # (L,)
-        mean = [(x - y).abs().sum() for x, y in zip(g, self.bandits[0].root.gradient)]
-        seen = (apart - torch.stack(mean)).tolist()
-        for bandit, path, distance in zip(self.bandits, paths, seen):
+
+        def far(gradient, at):  # (L,), from the first or the last node of each path
+            near = [path[at].gradient[layer] for layer, path in enumerate(paths)]
+            return torch.stack([(x - y).abs().sum() for x, y in zip(gradient, near)])
+
+        seen = far(so_far, -1) - far(so_far, 0)
+        for bandit, path, distance in zip(self.bandits, paths, seen.tolist()):
             bandit.saw(path, distance)
-        size = torch.stack([x.abs().sum() + y.abs().sum() for x, y in zip(g, near)])
-        return (apart / size.detach().clamp(min=1e-12)).sum()
+        return far(g, -1).sum()
 
     def finish(self, task, trained):
-        self.gradients.append([s / self.steps for s in self.sum])
+        self.gradients.append(directions(self.sum))
         leaves = self.bandits[0].root.leaves() if self.bandits else []
         record = {"leaves": [leaf.tasks for leaf in leaves]}  # earlier tasks
         record["taken"] = [[bandit.n[leaf] for leaf in leaves] for bandit in self.bandits]
