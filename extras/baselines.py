@@ -143,8 +143,8 @@ class EWC(ham.Sequential):
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
-# loss + λ Σ_l |g - ĝ_k|₁: in each layer l, g, the gradient of a batch's loss by A and B, is drawn
-# to ĝ_k, that of an earlier task; which task (k), a bandit finds out on a tree of the tasks.
+# loss + λ/L Σ_l |g - ĝ_k|₁: in each layer l of L, g, the gradient of a batch's loss by A and B, is
+# drawn to ĝ_k, that of an earlier task; which task (k), a bandit finds out on a tree of the tasks.
 #
 # Paper (arXiv 2506.10355; public code)           here
 # g, ĝ: gradients, "directions" (3.1)             divided by their L1 norms: of raw ones the smallest
@@ -156,11 +156,12 @@ class EWC(ham.Sequential):
 # depth 5; level d splits by layer d (of 5)       depth 5; by layer d L / 5 of L: first to last
 # merging leaves when storage runs out            left out
 # Eq. 2, per layer; leaf: μ̂ - 2 sqrt(log t / n)   the same, times σ, the spread of a leaf's distances
-#   inner: max(least child's, its own - δ)          (public: all tasks, drawn by softmax)
+#   inner: max(least child's, its own - δ)          δ is 20 times what sets tasks apart, so own - δ
+#   (public: no bound; tasks drawn by softmax)      decides only while a leaf below is untried
 # μ̂: mean of |g - ĝ_k|₁ where k was taken,        of |ḡ - ĝ_k|₁ - |ḡ - ĝ_root|₁, ḡ this task's mean
 #   g a batch's (public: the sum so far)            so far: else which batch it was matters more
-# λ 0.1 to 1 (public: an inner product, scaled    λ of directions: needs no unit
-#   to the loss and to training progress)
+# λ 0.1 to 1 times the sum over layers (public:   times their mean, of directions: no unit; at 0.1
+#   an inner product, scaled to the loss)           its gradient is a fifth of the loss's, in L1
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
@@ -264,7 +265,7 @@ class TreeLoRA(ham.Sequential):
         return super().start()
 
     def penalty(self, trained, loss):
-        """Its value is of no use, its gradient is that of λ Σ_l |g - ĝ_k|₁ by A and B.
+        """Its value is of no use, its gradient is that of λ/L Σ_l |g - ĝ_k|₁ by A and B.
 
         Not by the head, and not through g's norm (ours).
         """
@@ -281,7 +282,7 @@ class TreeLoRA(ham.Sequential):
     def distance(self, g, so_far):
         """Let each layer choose a leaf and see how far it is from this task so far.
 
-        g, so_far: directions of a batch's gradient and of all so far, per layer (P,) -> (), of g
+        g, so_far: directions of a batch's gradient and of all so far, per layer (P,) -> mean of g's
         """
         paths = [bandit.choose() for bandit in self.bandits]
 
@@ -292,7 +293,7 @@ class TreeLoRA(ham.Sequential):
         seen = far(so_far, -1) - far(so_far, 0)
         for bandit, path, distance in zip(self.bandits, paths, seen.tolist()):
             bandit.saw(path, distance)
-        return far(g, -1).sum()
+        return far(g, -1).mean()
 
     def finish(self, task, trained):
         self.gradients.append(directions(self.sum))
@@ -315,9 +316,11 @@ class TreeLoRA(ham.Sequential):
 # tuning: 12 epochs                             the rest, 3 of 5: as many steps as others take
 #   loss + λ Σ_l cos(h_l, h_l-1), λ 0.1 to 0.4  the same, from 0.4, where neither is empty
 #   reused adapters too, with pseudo-replay     not these: replay needs a generator
-# adapter: bottleneck behind each block         LoRA on --layers; the last gives h_l
-# use: the task is known                        no task: class by class under its task's weights
-# rate 1.75e-4, batch 8                         ham.py's, searched
+# adapter: bottleneck behind each block         LoRA on --layers; the last gives h_l, which of qkv
+#                                                 has no basis in common with its neighbour's
+# use: a task's own adapters; how the task      no task: class by class under its task's weights,
+#   is known is not said                          all cosines compared; T passes per image
+# rate 1.75e-4, batch 8                         rate searched, batch as for others
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
 SEARCH = 0.1  # their learning rate: a few steps of Adam can turn the order round (our choice)
