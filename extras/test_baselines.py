@@ -86,8 +86,6 @@ def test_each_committed_run_has_the_configuration_that_its_flags_resolve_to(monk
         if not Path("results", name, "results.json").is_file():
             continue
         old = json.loads(Path("results", name, "results.json").read_text())["config"]
-        if old["method"] == "safm" and old["penalty"] == 1.0:
-            continue  # from before its inference and λ were the paper's: to be made again
         of = baselines if "extras.baselines" in run_all.program(flags) else ham
         c = of.resolve(dataclasses.replace(ham.parse(flags.split(), of.Config), device="cpu"))
         if c.lr is None and c.method != "frozen":
