@@ -392,7 +392,7 @@ def apart(heights, gap):
 
 def accuracy_figure(results=RESULTS, setting="CIFAR-100, 50 per class, T = 20"):
     """Accuracy against tasks: means over seeds, bands from the lowest to the highest seed."""
-    colors = ["#000000", "#D55E00", "#0072B2", "#009E73", "#666666"]  # Okabe and Ito
+    colors = ["#0072B2", "#D55E00", "#000000", "#009E73", "#666666"]  # Okabe and Ito
     r = runs(results, [setting])
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     steps, ends = range(1, max(map(len, r.tasks)) + 1), {}
@@ -420,7 +420,7 @@ def stored_figure(results=RESULTS, settings=("CIFAR-100, 50 per class, T = 20", 
         x, y = r["parameters_stored"].mean(), r["final_accuracy"].mean()
         for _, near in y.groupby(np.log10(x).round()):
             for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
-                color = "#D55E00" if row == "ham" else "#0072B2" if row in CONTROLS else "#000000"
+                color = "#0072B2" if row == "ham" else "#D55E00" if row in CONTROLS else "#000000"
                 ax.plot(x[row], y[row], "s" if row in CONTROLS else "o", color=color, ms=5)
                 ax.text(1.15 * x[row], height, f"{row} {y[row]:.1f}", va="center")
         ax.set(title=setting, xlabel="parameters stored", ylabel="final accuracy (%)", xscale="log")
