@@ -299,7 +299,7 @@ class HAM:
 
 
 class Sequential(HAM):
-    """One LoRA trained on and on, α = 1. With all classes as one task it is `joint`."""
+    """One LoRA trained task after task, α = 1. With all classes as one task it is `joint`."""
 
     def start(self):
         """The adapter that the task before left, on the bare model."""
@@ -788,6 +788,8 @@ def load_data(config):
         pixels = pixels.to(config.device)
     # The first C % T tasks hold one class more.
     tasks = [range(x[0], x[-1] + 1) for x in np.array_split(np.arange(len(order)), config.tasks)]
+    if 1 in map(len, tasks):
+        print("a task of one class: its cross-entropy is 0, so that it trains nothing", flush=True)
     return Data(pixels, train, test, [names[x] for x in order], order, tasks, transform)
 
 
@@ -1031,7 +1033,7 @@ class Config:
     norm: str = option("model", "the weights' mean and std, or [0, 1]", ("model", "unit"))
     method: str = option(
         None,
-        "ham; controls: one LoRA trained on and on, the average of adapters trained alone, all "
+        "ham; controls: one LoRA trained task after task, the average of adapters trained alone, all "
         "classes as one task, no training; default ham, demo: ham, sequential and frozen",
         tuple(METHODS),
     )

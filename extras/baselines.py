@@ -251,7 +251,7 @@ class Bandit:
 
 
 class TreeLoRA(ham.Sequential):
-    """One LoRA trained on and on, and the direction of every earlier task's mean gradient."""
+    """One LoRA trained task after task, and the direction of every earlier task's mean gradient."""
 
     def __init__(self, w0, config):
         super().__init__(w0, config)

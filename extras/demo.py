@@ -130,7 +130,7 @@ def pretrained(seed, device, precision, per_class=100, epochs=6, batch_size=64):
 
 
 def compare(run, config):
-    """HAM beside one LoRA trained on and on, and no training at all: three calls of ham.run."""
+    """HAM beside one LoRA trained task after task, and no training at all: three calls of ham.run."""
     methods = ("ham", "sequential", "frozen")
     results = [run(dataclasses.replace(config, method=method)) for method in methods]
     columns = ("final_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy")
