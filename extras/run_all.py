@@ -73,7 +73,7 @@ add("cub200", 20, "ham sequential average frozen", seeds=ONE, lr=CUB)
 add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250", lr=MANY)
 add("cifar100", 20, f"average {FIXED} sd_lora", I250, "i250", ONE, lr=MANY)
 add("cifar100", 50, "ham sequential", I250, "i250", ONE, lr=MANY)
-add("cifar100", 20, "ham sequential frozen", "", "160px", ONE, lr=MANY)
+add("cifar100", 20, "ham sequential frozen", "", "160px", ONE, lr=MANY | {"ham": None})
 add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224, lr=MANY)
 
 # 4. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses

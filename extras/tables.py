@@ -254,10 +254,11 @@ def settings(results=RESULTS):
 def noise(results=RESULTS):
     """How far a run moves where nothing that matters is changed, and how near joins are to a tie."""
 
-    def margin(r):  # of joins: the best similarity less the second
+    def margin(r):  # of joins: the best similarity, and this less the second
         found = [(t["group"], sorted(t["similarities"])) for tasks in r.tasks for t in tasks]
-        found = pd.Series([s[-1] - s[-2] for group, s in found if max(group, 1) < len(s)])
-        return {"joins": f"{len(found)}", "median margin": f"{found.median():.3f}"}
+        best = pd.DataFrame([s[-2:] for group, s in found if max(group, 1) < len(s)])
+        figures = {"joins": f"{len(best)}", "above 0.1": f"{(best[1] > 0.1).sum()}"}
+        return figures | {"median margin": f"{(best[1] - best[0]).median():.3f}"}
 
     every, lines = runs(results), {}
     r = runs(results, ["noise"])
@@ -334,16 +335,22 @@ def side_by_side(results=RESULTS):
 
 
 def law(results=RESULTS):
-    """Held-out accuracy by learning rate and training images per task, CIFAR-100, 5 and 20 tasks."""
+    """Held-out accuracy by learning rate and images per task, CIFAR-100, T = 5 and 20; the law's."""
+    from extras.baselines import learning_rate  # here: it brings torch
+
     r = screening(results)
     r = r[(r["data set"] == "CIFAR-100") & (r.changed == "") & (r["batch size"] == 32)]
     r = r[r.tasks.isin([5, 20]) & (r["tasks learnt"] == r.tasks) & (r["images per class"] != "all")]
     r = r[r["images per class"] >= 50]
     r["images per task"] = (100 * r["images per class"] // r.tasks).astype(int)
     end = r.groupby(["method", "images per task", "learning rate"])["end"]
-    table = end.agg(lambda x: f"{x.mean():.1f} ({len(x)})").unstack().fillna("")
-    table = table[sorted(table, key=float)].rename_axis("", axis="columns")
-    return table.loc[sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))]
+    end = end.agg(lambda x: f"{x.mean():.1f} ({len(x)})").sort_index(
+        level=2, key=lambda x: x.astype(float)
+    )
+    tried = (end.index.get_level_values(2) + ": " + end).groupby(level=[0, 1])
+    table = pd.DataFrame({"rate: accuracy (runs)": tried.agg(", ".join), "rates": tried.size()})
+    table.insert(0, "by the law", [f"{learning_rate(*key):.2g}" for key in table.index])
+    return table.loc[sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))].astype(str)
 
 
 def grid(paper=None, results=RESULTS):
@@ -419,10 +426,11 @@ def stored_figure(results=RESULTS, settings=("CIFAR-100, 50 per class, T = 20", 
         r = runs(results, [setting]).groupby("row")
         x, y = r["parameters_stored"].mean(), r["final_accuracy"].mean()
         for _, near in y.groupby(np.log10(x).round()):
+            right = 1.15 * x[near.index].max()
             for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
                 color = "#0072B2" if row == "ham" else "#D55E00" if row in CONTROLS else "#000000"
                 ax.plot(x[row], y[row], "s" if row in CONTROLS else "o", color=color, ms=5)
-                ax.text(1.15 * x[row], height, f"{row} {y[row]:.1f}", va="center")
+                ax.text(right, height, f"{row} {y[row]:.1f}", va="center")
         ax.set(title=setting, xlabel="parameters stored", ylabel="final accuracy (%)", xscale="log")
         ax.set_xlim(x.min() / 1.5, 8 * x.max())
         ax.spines[["top", "right"]].set_visible(False)
