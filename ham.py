@@ -1033,8 +1033,8 @@ class Config:
     norm: str = option("model", "the weights' mean and std, or [0, 1]", ("model", "unit"))
     method: str = option(
         None,
-        "ham; controls: one LoRA trained task after task, the average of adapters trained alone, all "
-        "classes as one task, no training; default ham, demo: ham, sequential and frozen",
+        "ham; controls: one LoRA trained task after task, the average of adapters trained alone, "
+        "all classes as one task, no training; default ham, demo: ham, sequential and frozen",
         tuple(METHODS),
     )
     rank: int = option(8, "r, rank of an adapter (ours)")
