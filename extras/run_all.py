@@ -53,7 +53,7 @@ CUB |= {"treelora": 1e-4, "safm": 3e-4, "sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 
 
 # 1. CIFAR-100, 50 training images per class
 for tasks in (20, 50, 10, 5):
-    rates = FEW if tasks > 5 else FEW | {"ham": None}  # there by the law
+    rates = FEW if tasks > 10 else FEW | {"ham": None, "sequential": None}  # there by the law
     add("cifar100", tasks, "ham sequential average", I50, "i50", lr=rates)
     add("cifar100", tasks, FIXED, I50, "i50", ONE)
 add("cifar100", 20, "ham sequential average", I50, "i50", MORE, lr=FEW)
@@ -96,6 +96,10 @@ for part, flags in PARTS.items():
 SUPER = f"{I50} --class-order extras/cifar100_superclasses.txt"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
+
+# 5. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
+for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.items():
+    add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{again}", ONE)
 
 
 def program(flags):
