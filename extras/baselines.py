@@ -148,7 +148,7 @@ class EWC(ham.Sequential):
 #
 # Paper (arXiv 2506.10355; public code)           here
 # g, ĝ: gradients, "directions" (3.1)             divided by their L1 norms: of raw ones the smallest
-#                                                   is nearest, 182 times of 204, whatever the task
+#                                                   is nearest, whatever its task
 # ĝ_k: of task k's model; on this batch (3.2),    its mean over task k's training; keeping k's model
 #   or its mean on task k (3.1; public: A itself)   for another backward pass per step: left out
 # tree: halves at the median L1 distance from     the same, made anew after each task; paper: a task
@@ -156,12 +156,12 @@ class EWC(ham.Sequential):
 # depth 5; level d splits by layer d (of 5)       depth 5; by layer d L / 5 of L: first to last
 # merging leaves when storage runs out            left out
 # Eq. 2, per layer; leaf: μ̂ - 2 sqrt(log t / n)   the same, times σ, the spread of a leaf's distances
-#   inner: max(least child's, its own - δ)          δ is 20 times what sets tasks apart, so own - δ
+#   inner: max(least child's, its own - δ)          δ is far more than sets tasks apart: own - δ
 #   (public: no bound; tasks drawn by softmax)      decides only while a leaf below is untried
 # μ̂: mean of |g - ĝ_k|₁ where k was taken,        of |ḡ - ĝ_k|₁ - |ḡ - ĝ_root|₁, ḡ this task's mean
 #   g a batch's (public: the sum so far)            so far: else which batch it was matters more
-# λ 0.1 to 1 times the sum over layers (public:   times their mean, of directions: no unit; at 0.1
-#   an inner product, scaled to the loss)           its gradient is a fifth of the loss's, in L1
+# λ 0.1 to 1 times the sum over layers (public:   times their mean, of directions: λ has no unit
+#   an inner product, scaled to the loss)
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
@@ -495,20 +495,19 @@ def learn_safm(vit, method, data, folder):
 
 
 def features_safm(vit, method, data, tested):
-    """All test images so far under every task's weights; equal choices share a pass.
+    """All test images so far under every task's weights: an image costs T passes.
 
-    tested: (choices of a task, j) -> features, labels of task j's images; what lacks is added.
-    -> per task a list like ham.evaluate's `tested`. An image costs T passes where no two tasks
-    choose alike, and they never do while one block is always new.
+    tested: (task, j) -> features, labels of task j's images under a task's weights; what lacks is
+    added. No two tasks choose alike, as one block is always new. -> per task a list like
+    ham.evaluate's `tested`
     """
-    seen, every = range(len(method.choices)), []
-    for task, choice in enumerate(method.choices):
-        alike, weights = tuple(choice.values()), method.weights_of(task)
-        for j in (j for j in seen if (alike, j) not in tested):
+    seen = range(len(method.choices))
+    for task in seen:
+        weights = method.weights_of(task)
+        for j in (j for j in seen if (task, j) not in tested):
             given = weights, data, "test", data.tasks[j], method.config
-            tested[alike, j] = ham.extract(vit, *given)
-        every.append([tested[alike, j] for j in seen])
-    return every
+            tested[task, j] = ham.extract(vit, *given)
+    return [[tested[task, j] for j in seen] for task in seen]
 
 
 def logits_safm(under, rows, tasks):
