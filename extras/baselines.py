@@ -1,4 +1,4 @@
-"""Other methods in ham.py's loop: data, backbone, training, read-out and measures are ham.py's.
+"""Other methods on ham.py's data, backbone, training, read-out and measures.
 
     python -m extras.baselines --method treelora --dataset cifar100 --tasks 20
 
@@ -11,14 +11,14 @@ treelora  TreeLoRA (arXiv 2506.10355): one LoRA, its gradient drawn to a similar
 safm      Sparse Adapter Fusion (arXiv 2602.02502): each block reuses, adds or leaves out an adapter
 
 What differs from ham.HAM is here: what is trained (`start`), added to the loss (`penalty`), kept
-(`finish`). treelora and safm were written from their papers' text, point by point at each; of the
-others values are as public summaries give them. What is our choice is marked.
+(`finish`); safm has a loop and a read-out of its own. treelora and safm were written from their
+papers' text, point by point at each, with what their public code does otherwise; of the others
+values are as public summaries give them. What is our choice is marked.
 """
 
 from __future__ import annotations  # ham.parse reads the fields' types as text
 
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -147,23 +147,28 @@ class EWC(ham.Sequential):
 # drawn to ĝ_k, that of an earlier task; which task (k), a bandit finds out on a tree of the tasks.
 #
 # Paper (arXiv 2506.10355; public code)           here
-# g, ĝ: gradients, "directions" (3.1)             divided by their L1 norms: of raw ones the smallest
-#                                                   is nearest, whatever its task
-# ĝ_k: of task k's model; on this batch (3.2),    its mean over task k's training; keeping k's model
-#   or its mean on task k (3.1; public: A itself)   for another backward pass per step: left out
+# g, ĝ: gradients, "directions" (3.1); approx-    gradients divided by their L1 norms: of raw ones
+#   imated by LoRA's factors (public: A itself)     the smallest is nearest, whatever its task
+# ĝ_k: of task k's model, over the new task       its mean over task k's own training; keeping k's
+#   (3.1), on this batch (3.2)                      model for another backward pass: left out
 # tree: halves at the median L1 distance from     the same, made anew after each task; paper: a task
 #   the node's mean; δ: that median                 is put into the nearest leaf (public: anew)
-# depth 5; level d splits by layer d (of 5)       depth 5; by layer d L / 5 of L: first to last
+# depth 5 (public: level d splits by layer d)     depth 5, by layers 0, L / 5, ... 4 L / 5 of L
+# a node can hold several tasks                   a leaf does beyond 32: their mean's direction
 # merging leaves when storage runs out            left out
 # Eq. 2, per layer; leaf: μ̂ - 2 sqrt(log t / n)   the same, times σ, the spread of a leaf's distances
-#   inner: max(least child's, its own - δ)          δ is far more than sets tasks apart: own - δ
-#   (public: no bound; tasks drawn by softmax)      decides only while a leaf below is untried
+#   inner: one term in print, least of children's   max(least child's, its own - δ), as in Coquelin
+#   less δ (public: leaves only, tasks drawn by     and Munos, whom it cites; δ of the bandit's own
+#   softmax)                                        layer, far above what sets tasks apart: it
+#                                                   decides only while a leaf below is untried
 # μ̂: mean of |g - ĝ_k|₁ where k was taken,        of |ḡ - ĝ_k|₁ - |ḡ - ĝ_root|₁, ḡ this task's mean
-#   g a batch's (public: the sum so far)            so far: else which batch it was matters more
+#   g a batch's (public: the sum so far); begun     so far: else which batch it was matters more;
+#   once (Algorithm 1)                              begun for each task, whose arms are others
 # λ 0.1 to 1 times the sum over layers (public:   times their mean, of directions: λ has no unit
 #   an inner product, scaled to the loss)
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
+# rate 0.005, batch 192, 20 or 50 epochs          rate searched, batch and epochs as for others
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
 #   is inferred, then predicted within)
 
@@ -175,7 +180,7 @@ class Node:
     """Earlier tasks in one branch of the tree; a leaf where it has no children."""
 
     tasks: list
-    gradient: list  # per layer ĝ (P,), the mean of its tasks' directions
+    gradient: list  # per layer ĝ (P,), the mean of its tasks' directions; a leaf's: its direction
     delta: list  # per layer δ, the median L1 distance of its tasks from it
     children: list
 
@@ -197,6 +202,8 @@ def grow(tasks, gradients, level=0):
         half = (len(tasks) + 1) // 2
         parts = [sorted(tasks[i] for i in part) for part in (order[:half], order[half:])]
         node.children = [grow(part, gradients, level + 1) for part in parts]
+    elif len(tasks) > 1:  # a mean is shorter than its parts, and near to everything by that alone
+        node.gradient = directions(mean)
     return node
 
 
@@ -206,7 +213,8 @@ def directions(gradient):
 
 
 class Bandit:
-    """Which leaf next, in one layer: down from the root, each time to the smallest bound (Eq. 2).
+    """Which leaf next, in one layer: down from the root, each time to the smallest bound (Eq. 2,
+    as read above).
 
     The bound is meant for distances with a spread of about 1, so its width takes their own unit,
     σ: of a leaf's distances around their mean, over all leaves (ours).
@@ -307,23 +315,25 @@ class TreeLoRA(ham.Sequential):
 
 
 # --------------------------------------------------------------------------------------------- SAFM
-# Paper (arXiv 2602.02502, for GPT-2)           here
-# search: warm-up of new adapters, 3 epochs     1 epoch
-#   then 3 epochs of weights over {empty, all   1 epoch
-#   earlier ones of the layer, new}; w starts   the same values
-#   at α = 0.11, β = 0.08, -β; softmax; arg max the same; rate of w: undisclosed, ours
-#   no search in one layer (6 of 12): new       the same, block depth / 2
-# tuning: 12 epochs                             the rest, 3 of 5: as many steps as others take
-#   loss + λ Σ_l cos(h_l, h_l-1), λ 0.1 to 0.4  the same, from 0.4, where neither is empty
-#   reused adapters too, with pseudo-replay     not these: replay needs a generator
-# adapter: bottleneck behind each block         LoRA on --layers; the last gives h_l, which of qkv
-#                                                 has no basis in common with its neighbour's
-# use: a task's own adapters; how the task      no task: class by class under its task's weights,
-#   is known is not said                          all cosines compared; T passes per image
-# rate 1.75e-4, batch 8                         rate searched, batch as for others
+# Paper (arXiv 2602.02502, for GPT-2; public code)  here
+# search: warm-up of new adapters, 3 epochs         1 epoch
+#   then 3 epochs of weights over {empty, all       1 epoch, new adapters trained on; all layers at
+#   earlier ones of the layer, new}, layer by         once
+#   layer; w starts at α = 0.11, β = 0.08, -β;      the same values
+#   softmax; arg max                                the same
+#   no search in one layer (5 or 6 of 12): new      the same, block depth / 2
+# tuning: 12 epochs                                 the rest, 3 of 5: as many steps as others take
+#   loss + λ Σ_l cos(h_l, h_l-1), h what leaves     the same; λ searched
+#   block l; 0 where l is empty; λ 0.1 or 0.4
+#   reused adapters too, with pseudo-replay         not these: replay needs a generator
+# adapter: bottleneck behind each block             LoRA on --layers
+# use: a task's own adapters; how the task is       no task: class by class under its task's
+#   known is not said (public: it is given)           weights, all cosines compared; T passes
+# rate 1.75e-4 of all, w too; batch 8               rate searched, of w 0.1; batch as for others
+# optimiser, schedule: not said to start anew       anew in each stage, the head, too
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
-SEARCH = 0.1  # their learning rate: a few steps of Adam can turn the order round (our choice)
+SEARCH = 0.1  # their learning rate (ours): there are 8 steps, not thousands, to turn their order
 
 
 def block_of(name):
@@ -388,17 +398,17 @@ class SAFM(ham.HAM):
         super().__init__(w0, config)
         self.pool = {block_of(name): [] for name in w0}  # per block: adapters, layer: (b, a)
         self.choices = []  # per task: block: number in the pool, or "empty"
-        self.inputs = {}  # layer: what it was given, (n, tokens, k), in the last pass
+        self.passed = {}  # block: what entered and what left it, (n, tokens, D), in the last pass
         self.stage = None  # what is trained now
 
     def watch(self, vit):
-        """Let each layer leave its input in `inputs`."""
-        for name in self.w0:
+        """Let each block leave what passes in `passed`."""
+        for block in self.pool:
 
-            def save(_, x, name=name):
-                self.inputs[name] = x[0]
+            def save(_, x, out, block=block):
+                self.passed[block] = x[0].float(), out.float()
 
-            vit.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(save)
+            vit.get_submodule(block).register_forward_hook(save)
 
     def start(self):
         return self.stage
@@ -413,13 +423,10 @@ class SAFM(ham.HAM):
         return Tuned(**vars(self.trainable(new, [])), reused=old)
 
     def penalty(self, trained, loss):
-        """λ Σ_l cos(h_l, h_l-1), mean over images and tokens; 0 where one is empty."""
-        h = {}
-        for name, (b, a) in (trained.reused | trained.adapter).items():
-            h[block_of(name)] = self.inputs[name].float() @ a.T @ b.T
-        pairs = [(h[k], h[l]) for k, l in itertools.pairwise(self.pool) if k in h and l in h]
-        cosines = [F.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
-        return self.config.penalty * sum(cosines, torch.zeros_like(loss))
+        """λ Σ_l cos(h_l, h_l-1), mean over images and tokens; 0 where block l has no adapter."""
+        blocks = {block_of(name) for name in trained.reused | trained.adapter}
+        cosines = [F.cosine_similarity(*self.passed[x], dim=-1).mean() for x in sorted(blocks)]
+        return self.config.penalty * sum(cosines)
 
     def keep(self, trained, decided):
         """After a task: its new adapters join the pool."""
@@ -443,7 +450,10 @@ class SAFM(ham.HAM):
 
 
 def train_safm(vit, method, data, task):
-    """Warm-up, search and tuning, together as many epochs as others take. -> Tuned, record"""
+    """Warm-up, search, tuning: together as many epochs as others take, at least 3. -> Tuned, record
+
+    Each stage starts optimiser, schedule and head anew.
+    """
     config, tuning = method.config, max(1, method.config.epochs - 2)
 
     def train(stage, epochs, *loss):
@@ -514,7 +524,7 @@ def logits_safm(under, rows, tasks):
     """The logit of a class is its cosine under the weights of the task that taught it.
 
     under: as of `features_safm`; rows (C, D); tasks: ranges of classes -> (N, C). No task is
-    guessed: cosines of all tasks are compared. (The paper is told the task; this is ours.)
+    guessed: cosines of all tasks are compared (ours: the paper does not say how it knows the task).
     """
     features = (torch.cat([x for x, _ in tested]) for tested in under)
     own = (rows[t[0] : t[-1] + 1] for t in tasks)

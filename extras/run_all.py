@@ -45,11 +45,11 @@ I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 # Learning rates from before there was a law: CIFAR-100 with few and with many images per class, and
 # CUB-200. None: by the law.
 FEW = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2}
-FEW |= {"treelora": 1e-3, "safm": 1e-3, "sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3}
+FEW |= {"sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3}
 MANY = {"ham": 3e-4, "sequential": 1e-4, "average": 3e-3}
 MANY |= {"sd_lora": 3e-4, "o_lora": 3e-4, "ewc": 3e-4}
 CUB = {"ham": 1e-3, "sequential": 1e-4, "average": 3e-3}
-CUB |= {"treelora": 1e-4, "safm": 3e-4, "sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 1e-3}
+CUB |= {"sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 1e-3}
 
 # 1. CIFAR-100, 50 training images per class
 for tasks in (20, 50, 10, 5):

@@ -297,36 +297,51 @@ def screening(results=RESULTS):
     """Every run of extras/screen.py, on held-out images, in the order they were made."""
     file, lines = Path(results) / "validate" / "screening.jsonl", []
     named = ["dataset", "tasks", "images_per_class", "test_images_per_class", "model", "img_size"]
-    named += ["batch_size", "method", "lr", "seed"]
+    named += ["batch_size", "method", "lr", "penalty", "seed"]
     for r in map(json.loads, file.read_text("utf-8").splitlines()):
         s = {"images_per_class": "all", "batch_size": 32, "method": "ham", "seed": 1993}
-        s |= r["settings"] | {"lr": r.get("config", r["settings"]).get("lr")}
+        s |= r["settings"] | {k: r.get("config", r["settings"]).get(k) for k in ("lr", "penalty")}
         changed = [f"{k} {v}".removesuffix(".0") for k, v in s.items() if k not in named]
         line = [DATA[s["dataset"]], *(s[k] for k in named[1:3]), s["batch_size"], s["method"]]
         line += [", ".join(changed + [r[k] for k in ["code_change"] if k in r])]
-        line += [f"{s['lr']:g}" if s["lr"] else None, s["seed"], r["tasks_learnt"]]
+        line += [f"{s[k]:g}" if s[k] else None for k in ("lr", "penalty")]
+        line += [s["seed"], r["tasks_learnt"]]
         line += [*r["class-mean"], r["head"][1], r["oracle"]]
         line += [" ".join(map(str, r["group_sizes"] or [])), r.get("seconds", {}).get("train")]
         lines.append([*line, r.get("hardware", "CPU")])
-    columns = "data set, tasks, images per class, batch size, method, changed, learning rate, seed"
+    columns = (
+        "data set, tasks, images per class, batch size, method, changed, learning rate, λ, seed"
+    )
     columns += ", tasks learnt, half-way, end, end by the head, oracle means, group sizes"
     return pd.DataFrame(lines, columns=[*columns.split(", "), "training s", "hardware"])
 
 
+def held_out(r, setting):
+    """Lines of `screening` as `summary` takes runs; setting: a format of data set, T, images, ...
+
+    Of lines that are alike the first counts: a budget's later ones had to repeat it.
+    """
+    names = {"end": "final_accuracy", "oracle means": "class_mean_oracle", "seed": "config.seed"}
+    r = r.rename(columns=names | {"training s": "seconds.train"})
+    budget = zip(*(r[k] for k in ("data set", "tasks", "images per class", "batch size")))
+    r["setting"] = [setting.format(*b, rate=rate) for b, rate in zip(budget, r["learning rate"])]
+    r = r[r.setting.isin(r.setting[r.row == "ham"])]
+    return r.drop_duplicates(["setting", "row", "learning rate", "config.seed"])
+
+
 def side_by_side(results=RESULTS):
     """Methods on held-out images and one GPU that 16 runs shared, each at the best of its rates."""
+    from extras.baselines import PENALTY  # here: it brings torch
+
     r = screening(results)
+    r = r[r["λ"].isna() | (r["λ"] == r.method.map(PENALTY).map("{:g}".format))]
     r = r[r.hardware.str.contains("NVIDIA") & (r.changed == "") & (r["batch size"] == 32)]
-    names = {"method": "row", "end": "final_accuracy", "oracle means": "class_mean_oracle"}
-    r = r.rename(columns=names | {"training s": "seconds.train", "seed": "config.seed"})
-    budget = zip(r["data set"], r["tasks"], r["images per class"])
-    r["setting"] = ["{}, T = {}, {}".format(*b) for b in budget]
+    r = held_out(r.rename(columns={"method": "row"}), "{}, T = {}, {}")
     r = r.assign(place=r.row.map(METHODS.index)).sort_values(["setting", "place"], kind="stable")
-    key = ["setting", "row", "learning rate"]
-    r = r[r.setting.isin(r.setting[r.row == "ham"])].drop_duplicates([*key, "config.seed"])
     # the best of the rates that have the most seeds
-    rates = r.groupby(key)["final_accuracy"].agg(["count", "mean"]).sort_values(["count", "mean"])
-    rates = rates.reset_index("learning rate").groupby(key[:2])["learning rate"]
+    rates = r.groupby(["setting", "row", "learning rate"])["final_accuracy"].agg(["count", "mean"])
+    rates = rates.sort_values(["count", "mean"]).reset_index("learning rate")
+    rates = rates.groupby(["setting", "row"])["learning rate"]
     columns = ["final accuracy", "ham − it", "oracle means", "training s", "seeds"]
     r = r.merge(rates.last().reset_index())
     table = summary(r, columns, ["data, T, images per class", "method"])
@@ -334,23 +349,58 @@ def side_by_side(results=RESULTS):
     return table
 
 
+def tried(results=RESULTS):
+    """HAM with something changed, on held-out images, at one budget and rate."""
+    r = screening(results)
+    r = r[(r.method == "ham") & (r["tasks learnt"] == r.tasks)]
+    r = r.assign(row=r.changed.where(r.changed != "", "ham"))
+    r = held_out(r, "{}, T = {}, {}, batch {}, rate {rate}")
+    r = r[r.setting.isin(r.setting[r.row != "ham"])].assign(place=r.row != "ham")
+    r = r.sort_values(["setting", "place"], kind="stable")
+    return summary(r, ["final accuracy", "ham − it", "seeds"], ["budget", "changed"])
+
+
 def law(results=RESULTS):
-    """Held-out accuracy by learning rate and images per task, CIFAR-100, T = 5 and 20; the law's."""
+    """Held-out accuracy by λ, images per task, learning rate; CIFAR-100, T = 5, 20; the law's."""
     from extras.baselines import learning_rate  # here: it brings torch
 
     r = screening(results)
     r = r[(r["data set"] == "CIFAR-100") & (r.changed == "") & (r["batch size"] == 32)]
     r = r[r.tasks.isin([5, 20]) & (r["tasks learnt"] == r.tasks) & (r["images per class"] != "all")]
-    r = r[r["images per class"] >= 50]
+    r = r[r["images per class"] >= 50].fillna({"λ": ""})
     r["images per task"] = (100 * r["images per class"] // r.tasks).astype(int)
-    end = r.groupby(["method", "images per task", "learning rate"])["end"]
+    end = r.groupby(["method", "λ", "images per task", "learning rate"])["end"]
     end = end.agg(lambda x: f"{x.mean():.1f} ({len(x)})").sort_index(
-        level=2, key=lambda x: x.astype(float)
+        level=3, key=lambda x: x.astype(float)
     )
-    tried = (end.index.get_level_values(2) + ": " + end).groupby(level=[0, 1])
+    tried = (end.index.get_level_values(3) + ": " + end).groupby(level=[0, 1, 2])
     table = pd.DataFrame({"rate: accuracy (runs)": tried.agg(", ".join), "rates": tried.size()})
-    table.insert(0, "by the law", [f"{learning_rate(*key):.2g}" for key in table.index])
-    return table.loc[sorted(table.index, key=lambda x: (METHODS.index(x[0]), x[1]))].astype(str)
+    table.insert(0, "by the law", [f"{learning_rate(m, n):.2g}" for m, _, n in table.index])
+    order = sorted(table.index, key=lambda x: (METHODS.index(x[0]), float(x[1] or 0), x[2]))
+    return table.loc[order].astype(str)
+
+
+def choices(results=RESULTS, run="cifar100-T20-treelora-i50-s1993"):
+    """Whose gradient each layer of TreeLoRA was drawn to: neither all alike nor always one's?
+
+    Entropy: of the choices while a task was trained, over that of equal shares.
+    """
+    file, lines = Path(results) / run / "results.json", {}
+    tasks = json.loads(file.read_text("utf-8"))["tasks"] if file.is_file() else []
+    taken = [np.array(task["taken"]) for task in tasks[2:]]  # from two earlier tasks on
+    for layer in range(len(taken[0]) if taken else 0):
+        n = [x[layer] for x in taken]
+        entropy = [stats.entropy(x) / np.log(len(x)) for x in n]
+        lines[f"{layer + 1}"] = {
+            "choices": f"{sum(map(sum, n)):,}",
+            "entropy": f"{np.mean(entropy):.2f}",
+            "from": f"{min(entropy):.2f}",
+            "to": f"{max(entropy):.2f}",
+            "favourite, last task": f"{tasks[-1]['leaves'][n[-1].argmax()][0] + 1}",
+            "its share": f"{n[-1].max() / n[-1].sum():.2f}",
+            "equal share": f"{1 / len(n[-1]):.2f}",
+        }
+    return pd.DataFrame(lines).T.rename_axis("layer")
 
 
 def grid(paper=None, results=RESULTS):
@@ -380,7 +430,7 @@ def grid(paper=None, results=RESULTS):
 
 
 TABLES = [headline, controls, growth, parts, related, others, settings, measures, costs, noise]
-TABLES = {table.__name__: table for table in [*TABLES, side_by_side, law, grid]}
+TABLES = {table.__name__: table for table in [*TABLES, choices, side_by_side, law, tried, grid]}
 
 
 def fill(text, results=RESULTS):

@@ -167,8 +167,12 @@ def test_tree_halves_the_tasks_at_the_median_distance(tasks):
     assert len(leaves) == min(tasks, 32) and max(map(len, leaves)) <= 2
 
     def check(node, levels):  # 5 levels over 7 layers
-        for layer, mean in enumerate(node.gradient):
+        for layer, gradient in enumerate(node.gradient):
+            mean = torch.stack([gradients[k][layer] for k in node.tasks]).mean(0)
             far = {k: (gradients[k][layer] - mean).abs().sum().item() for k in node.tasks}
+            if len(node.tasks) > 1 and not node.children:  # as long as that of one task
+                mean = mean / mean.abs().sum()
+            torch.testing.assert_close(gradient, mean)
             assert node.delta[layer] == pytest.approx(sorted(far.values())[(len(far) - 1) // 2])
             if node.children and layer == levels[0]:
                 near, rest = (x.tasks for x in node.children)
@@ -312,6 +316,30 @@ def test_search_decides_for_what_the_loss_wants():
 
 def test_middle_block_is_the_sixth_of_twelve():
     assert [baselines.middle(range(n)) for n in (12, 4, 2, 1)] == [5, 1, 0, 0]
+
+
+def test_safm_penalty_by_hand():
+    """λ Σ cos(h_l, h_l-1) over blocks with an adapter, new or reused; no gradient to a reused one."""
+    vit, method, data, _ = baselines.prepare(config(method="safm", penalty=0.5))
+    method.watch(vit)
+    names = list(method.w0)
+    new, old = (
+        {n: factors(*w.shape[:1], 2, *w.shape[1:]) for n, w in method.w0.items()} for _ in "ab"
+    )
+    for name in names:
+        method.pool[baselines.block_of(name)] = [{name: old[name]}]
+    decided = dict(zip(method.pool, ["new", "empty", 0, "empty"]))
+    tuned = method.tuned(new, decided)
+    x = data.batch(data.images("train", range(3))[0], "cpu")
+    ham.functional_call(vit, tuned.weights(method.w0), x)
+    passed = method.passed.values()
+    cosines = [torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in passed]
+    penalty = method.penalty(tuned, torch.zeros(()))
+    assert penalty.item() == pytest.approx(0.5 * (cosines[0] + cosines[2]), rel=1e-5)
+    assert all(torch.equal(a[1], b[0]) for a, b in itertools.pairwise(passed))  # h_l enters l + 1
+    penalty.backward()
+    assert list(tuned.adapter) == names[:1] and list(tuned.reused) == names[2:3]
+    assert all(x.grad.abs().sum() > 0 for x in tuned.adapter[names[0]])
 
 
 def test_safm_needs_no_task():

@@ -149,6 +149,18 @@ def test_parts_and_related_superclasses(tmp_path):
     assert shares == [["190", "35 %"], ["66", "100 %"], ["190", "35 %"]]
 
 
+def test_choices_by_hand(tmp_path):
+    assert tables.choices(tmp_path).empty
+    tasks = [{"leaves": [], "taken": []}, {"leaves": [[0]], "taken": [[4], [4]]}]
+    tasks += [{"leaves": [[0], [1]], "taken": [[2, 2], [4, 0]]}]  # equal shares; always one's
+    tasks += [{"leaves": [[2], [0], [1]], "taken": [[5, 0, 0], [1, 2, 1]]}]
+    write(tmp_path, "treelora", 1993, 60.0, tasks=tasks)
+    table = tables.choices(tmp_path).reset_index().values.tolist()
+    # 1 and 0 of ln 2; 0 and (2 × ¼ ln 4 + ½ ln 2) / ln 3 = 0.946
+    assert table[0] == ["1", "9", "0.50", "0.00", "1.00", "3", "1.00", "0.33"]
+    assert table[1] == ["2", "8", "0.47", "0.00", "0.95", "1", "0.50", "0.33"]
+
+
 def test_held_out_lines(tmp_path):
     """Any number of lines: the law has those at the defaults, side by side those of one GPU."""
     lines, data = [], {"dataset": "cifar100", "tasks": 5, "images_per_class": 125}
@@ -164,19 +176,36 @@ def test_held_out_lines(tmp_path):
         line |= {"tasks_learnt": 5, "group_sizes": [2, 3], "hardware": "NVIDIA"}
         lines += [line | {"seconds": {"train": 9.0}}]
     lines += [lines[0] | {"code_change": "another scale"}, lines[0] | {"tasks_learnt": 3}]
-    lines += [lines[0] | {"settings": lines[0]["settings"] | {"rho": 1.0, "lr": None}}]
+    changed = lines[0]["settings"] | {"rho": 1.0, "lr": None}
+    lines += [lines[0] | {"settings": changed, "class-mean": [80.0, 59.0]}]
+    for penalty, end in ((0.5, 58.0), (5.0, 57.0)):  # the first is the default
+        config = {"lr": 1e-3, "penalty": penalty}
+        line = lines[0] | {"config": config, "class-mean": [80.0, end]}
+        lines += [line | {"settings": data | config | {"method": "o_lora", "seed": 1993}}]
     (tmp_path / "validate").mkdir()
     text = "\n".join(map(json.dumps, lines))
     (tmp_path / "validate" / "screening.jsonl").write_text(text)
-    law = tables.law(tmp_path).loc["ham", 2500].tolist()
-    assert law == ["0.00015", "0.0003: 70.0 (1), 0.001: 61.0 (2)", "2"]
+    law = tables.law(tmp_path)
+    assert law.loc["ham", "", 2500].tolist() == [
+        "0.00015",
+        "0.0003: 70.0 (1), 0.001: 61.0 (2)",
+        "2",
+    ]
+    assert law.loc["o_lora", "5", 2500].tolist() == ["0.00015", "0.001: 57.0 (1)", "1"]
     table = tables.side_by_side(tmp_path).reset_index().values.tolist()
     setting = "CIFAR-100, T = 5, 125"
     assert table[0][:4] == [setting, "ham", "0.001 (of 2)", "61.0 ± 1.4"]
     assert table[1][1:5] == ["sequential", "0.0001 (of 1)", "50.5 ± 0.7", "**+10.5 [+4.1, +16.9]**"]
+    assert [line[1] for line in table[2:]] == ["o_lora"] and table[2][3] == "58.0"  # its λ
+    table = tables.tried(tmp_path).reset_index().values.tolist()
+    assert table[0] == [f"{setting}, batch 32, rate 0.001", "ham", "61.0 ± 1.4", "", "2"]
+    assert [line[1:] for line in table[1:]] == [
+        ["another scale", "60.0", "+0.0", "1"],
+        ["rho 1", "59.0", "+1.0", "1"],
+    ]
     csv = tables.screening(tmp_path)
-    assert csv["changed"].tolist()[-3:] == ["another scale", "", "rho 1"]
-    assert csv.iloc[0].tolist()[:5] == ["CIFAR-100", 5, 125, 32, "ham"] and len(csv) == 8
+    assert csv["changed"].tolist()[5:8] == ["another scale", "", "rho 1"]
+    assert csv.iloc[0].tolist()[:5] == ["CIFAR-100", 5, 125, 32, "ham"] and len(csv) == 10
 
 
 def test_the_grid_has_the_papers_own_figures_where_someone_types_them(results):
