@@ -168,7 +168,7 @@ class EWC(ham.Sequential):
 #   an inner product, scaled to the loss)
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
-# rate 0.005, batch 192, 20 or 50 epochs          rate searched, batch and epochs as for others
+# rate 0.005, batch 192, 20 or 50 epochs          rate, batch and epochs as of others
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
 #   is inferred, then predicted within)
 
@@ -329,7 +329,7 @@ class TreeLoRA(ham.Sequential):
 # adapter: bottleneck behind each block             LoRA on --layers
 # use: a task's own adapters; how the task is       no task: class by class under its task's
 #   known is not said (public: it is given)           weights, all cosines compared; T passes
-# rate 1.75e-4 of all, w too; batch 8               rate searched, of w 0.1; batch as for others
+# rate 1.75e-4 of all, w too; batch 8               rate and batch as of others, rate of w 0.1
 # optimiser, schedule: not said to start anew       anew in each stage, the head, too
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
@@ -551,7 +551,7 @@ METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoR
 METHODS["first"] = First
 # λ, the best of three on held-out images; of treelora and safm from their papers' ranges.
 PENALTY = {"treelora": 0.1, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4}
-# c of ham.learning_rate's law: the best of those tried on held-out images (results/README.md).
+# c of ham.learning_rate's law, from what was tried on held-out images (results/README.md).
 LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
 
