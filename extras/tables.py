@@ -475,14 +475,16 @@ def stored_figure(results=RESULTS, settings=("CIFAR-100, 50 per class, T = 20", 
     for ax, setting in zip(axes.flat, settings):
         r = runs(results, [setting]).groupby("row")
         x, y = r["parameters_stored"].mean(), r["final_accuracy"].mean()
-        for _, near in y.groupby(np.log10(x).round()):
-            right = 1.15 * x[near.index].max()
+        column, ours = (4 * np.log10(x)).round(), y.index.isin(CONTROLS[1:])  # labels left
+        for (_, left), near in y.groupby([column, ours]):
+            at = x[near.index].min() / 1.15 if left else 1.15 * x[near.index].max()
             for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
                 color = "#0072B2" if row == "ham" else "#D55E00" if row in CONTROLS else "#000000"
                 ax.plot(x[row], y[row], "s" if row in CONTROLS else "o", color=color, ms=5)
-                ax.text(right, height, f"{row} {y[row]:.1f}", va="center")
+                side = "right" if left else "left"
+                ax.text(at, height, f"{row} {y[row]:.1f}", va="center", ha=side)
         ax.set(title=setting, xlabel="parameters stored", ylabel="final accuracy (%)", xscale="log")
-        ax.set_xlim(x.min() / 1.5, 8 * x.max())
+        ax.set_xlim(x.min() / 8, 6 * x.max())
         ax.spines[["top", "right"]].set_visible(False)
     return fig
 
