@@ -44,10 +44,8 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -222,7 +220,6 @@ class HAM:
 
     def __init__(self, w0, config):
         self.w0, self.config, self.groups = w0, config, []
-        self.random = np.random.RandomState(config.seed)  # for --grouping random
 
     def start(self):
         """A new adapter on top of all groups."""
@@ -249,7 +246,8 @@ class HAM:
         similarities = cosine_similarity(flat(adapter), [flat(g.delta_w) for g in self.groups])
         j = assign_group(similarities, config.tau, config.g_max)  # (2)
         if config.grouping == "random" and j < len(self.groups):
-            j = int(self.random.randint(len(self.groups)))  # not whether to join, but which
+            random = np.random.RandomState((config.seed, task))
+            j = int(random.randint(len(self.groups)))  # not whether to join, but which
         if j == len(self.groups):
             self.groups.append(Group({}))
         self.join(self.groups[j], task, adapter, alpha)
@@ -282,12 +280,10 @@ class HAM:
 
     def state(self):
         """What `restore` needs: tensors and plain values."""
-        random = [x.tolist() if isinstance(x, np.ndarray) else x for x in self.random.get_state()]
-        return {"groups": [vars(group) for group in self.groups], "random": random}
+        return {"groups": [vars(group) for group in self.groups]}
 
     def restore(self, state):
         self.groups = [Group(**group) for group in state["groups"]]
-        self.random.set_state(state["random"])
 
     def stored(self):
         """The tensors that are kept for the next task and for inference."""
@@ -466,13 +462,13 @@ def run(config):
     return learn(vit, METHODS[config.method](w0, config), data)
 
 
-def learn(vit, method, data, loss=task_loss, resume=True):
+def learn(vit, method, data, loss=task_loss):
     """The loop over tasks, or what a stopped run has left of it. -> what results.json holds"""
     with result_folder(method.config) as folder:
         if (folder / "results.json").is_file():
             print(f"{folder} is complete; --restart runs it again", flush=True)
             return json.loads((folder / "results.json").read_text("utf-8"))
-        state, tested, sizes = begin(folder, vit, method, data, resume), [], data.sizes("train")
+        state, sizes = begin(folder, vit, method, data), data.sizes("train")
         class_rows, records, config = state["class_rows"], state["records"], method.config
         for task in range(len(records), config.tasks):
             classes, record, times = data.tasks[task], dict.fromkeys(RECORD), [time.perf_counter()]
@@ -484,7 +480,6 @@ def learn(vit, method, data, loss=task_loss, resume=True):
                 losses = [value for value, _ in log[-(len(log) // config.epochs) :]]  # last epoch
                 record["loss"] = sum(losses) / len(losses)
                 record["images_per_second"] = config.epochs * sizes[task] / (times[1] - times[0])
-                tested = []  # the weights are others now; those of `frozen` never are
             times += [time.perf_counter()] * (3 - len(times))  # two where nothing is trained
             weights = method.folded()
             means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
@@ -492,25 +487,22 @@ def learn(vit, method, data, loss=task_loss, resume=True):
                 raise InputError(f"task {task + 1}: not finite any more; lower --lr {config.lr}")
             class_rows["class-mean"][list(classes)] = means
             times.append(time.perf_counter())
-            for old in data.tasks[len(tested) : task + 1]:
-                tested.append(extract(vit, weights, data, "test", old, config))
-            record |= evaluate(tested, class_rows, state["matrix"], data, config.read_out)
+            tested = extract(vit, weights, data, "test", range(classes[-1] + 1), config)
+            record |= evaluate(*tested, class_rows, state["matrix"], data, config.read_out)
             times.append(time.perf_counter())
             record["seconds"] = dict(zip(PARTS, np.diff(times).tolist()))
             records.append(record)
             print_task(records, config)
-            if resume:
-                write_state(folder, state | {"method": method.state()})
-        return save(folder, vit, method, data, state, tested)
+            write_state(folder, state | {"method": method.state()})
+        return save(folder, vit, method, data, state)
 
 
-def begin(folder, vit, method, data, resume):
+def begin(folder, vit, method, data):
     """Print all that figures depend on. -> the state of a new run, or that of a stopped one"""
     about = data.transform | vars(method.config) | {"threads": torch.get_num_threads()}
     about |= {f"{part} images": sum(data.sizes(part)) for part in ("train", "test")}
-    about = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
-    print(textwrap.fill(about, 79), flush=True)
-    if resume and (folder / "state.pt").is_file():
+    print(", ".join(f"{k} {v}" for k, v in about.items() if v is not None), flush=True)
+    if (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", method.config.device, weights_only=True)
         method.restore(state["method"])
         print(f"{folder}: {len(state['records'])} tasks are learnt, going on", flush=True)
@@ -519,26 +511,24 @@ def begin(folder, vit, method, data, resume):
     class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
     state = {"settings": settings(method.config), "class_rows": class_rows, "records": []}
     state |= {"matrix": {read_out: [] for read_out in class_rows}, "method": method.state()}
-    if resume:
-        write_state(folder, state)  # tries, before hours of training, whether it can be
+    write_state(folder, state)  # tries, before hours of training, whether it can be
     return state
 
 
 def write_state(folder, state):
-    """Whole or not at all: beside, synced, renamed."""
-    buffer = io.BytesIO()
+    """Whole or not at all: written beside, renamed."""
+    buffer = io.BytesIO()  # a full disk is then an OSError
     torch.save(state, buffer)
-    with (folder / "state.part").open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / "state.part").write_bytes(buffer.getbuffer())
     (folder / "state.part").replace(folder / "state.pt")
 
 
-def evaluate(tested, class_rows, matrix, data, read_out):
-    """Add a row to each matrix; tested: per task (n, D), (n,). -> what the task's record says"""
-    features, labels = (torch.cat(x) for x in zip(*tested))
-    seen, sizes, record = data.tasks[: len(tested)], data.sizes("test"), {}
+def evaluate(features, labels, class_rows, matrix, data, read_out):
+    """Add a row to each matrix, of the test images of the tasks so far. -> the task's measures
+
+    features (N, D), labels (N,) ascending; class_rows: dict read-out: (C, D)
+    """
+    seen, sizes, record = [t for t in data.tasks if t[0] <= labels[-1]], data.sizes("test"), {}
     for name, rows in class_rows.items():
         logits = cosine_logits(features, rows[: seen[-1][-1] + 1])
         per_task, known = accuracies(logits, labels, seen)
@@ -549,15 +539,13 @@ def evaluate(tested, class_rows, matrix, data, read_out):
     return record | {"forgetting": forgetting(matrix[read_out])}
 
 
-def summary(vit, method, data, state, tested):
+def summary(vit, method, data, state):
     """What results.json holds; accuracies in per cent, unrounded."""
     config, every, n = method.config, range(len(data.names)), data.sizes("test")
     records, matrix, weights = state["records"], state["matrix"][config.read_out], method.folded()
     seconds = {part: sum(r["seconds"][part] for r in records) for part in PARTS}
-    parts = [extract(vit, weights, data, "train", task, config) for task in data.tasks]
-    oracle = class_means(*(torch.cat(x) for x in zip(*parts)), every)  # never a result
-    tested = tested or [extract(vit, weights, data, "test", task, config) for task in data.tasks]
-    features, labels = (torch.cat(x) for x in zip(*tested))
+    oracle = class_means(*extract(vit, weights, data, "train", every, config), every)
+    features, labels = extract(vit, weights, data, "test", every, config)
     stored = [*method.stored(), state["class_rows"][config.read_out]]
     trained, speed = 0, dict.fromkeys(("training", "inference"))
     if method.w0:
@@ -636,9 +624,9 @@ def settings(config):
     return {k: v for k, v in vars(config).items() if k not in paths} | files
 
 
-def save(folder, vit, method, data, state, tested=None):
+def save(folder, vit, method, data, state):
     """results.json, and the folded model as timm writes it, with unit class means as its head."""
-    results, size = summary(vit, method, data, state, tested), data.transform["size"]
+    results, size = summary(vit, method, data, state), data.transform["size"]
     class_rows, part = state["class_rows"][method.config.read_out], folder / "part"
     model = copy.deepcopy(vit).cpu()
     model.reset_classifier(len(data.names))
@@ -807,7 +795,7 @@ def read(config):
             cure = f"; {root} comes from {ARCHIVES[name]} (md5 {MD5[name]}): move away what is "
             cure += f"wrong, or put {archive.name} into {data_dir} by hand"
             if not root.is_dir():
-                fetch(ARCHIVES[name], MD5[name], archive, root)
+                fetch(ARCHIVES[name], MD5[name], root)
         images, labels, tests, names = read_layout(name, root, split_file(config))
         labels, tests = np.asarray(labels), np.asarray(tests)
         found = (int((~tests).sum()), int(tests.sum()))
@@ -819,22 +807,15 @@ def read(config):
         raise InputError(f"--dataset {name}: {error}{cure}") from error
 
 
-def fetch(url, md5, archive, root):
+def fetch(url, md5, root):
     """Make a data set's folder from its archive, which is downloaded where it is not there."""
     part = root.with_name(root.name + ".part")
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(part.with_suffix(".lock")):
-        if root.is_dir():  # by another run, meanwhile
-            return
-        part.mkdir(exist_ok=True)
-        if not archive.is_file():
-            utils.download_and_extract_archive(url, part, md5=md5)
-        elif utils.check_integrity(archive, md5):
-            utils.extract_archive(archive, part)
-        else:
-            raise ValueError(f"{archive} is not whole, or not that file")
-        (part / root.name).rename(root)
-        shutil.rmtree(part)
+        if not root.is_dir():  # else made by another run, meanwhile
+            utils.download_and_extract_archive(url, root.parent, part, md5=md5)
+            (part / root.name).rename(root)
+            shutil.rmtree(part)
 
 
 def read_layout(name, root, split):
@@ -879,16 +860,15 @@ def split_file(config):
     raise InputError("imagenet_r_test.txt is not beside ham.py or in extras/: --split-file")
 
 
-def cache_folder(data_dir):
-    """Where decoded images lie; a temporary folder where data_dir cannot be written."""
-    folder = Path(data_dir) / "cache"
+def read_image(file):
+    """An image as a viewer would show it, in RGB. -> PIL's"""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:  # read-only
-        folder = Path(tempfile.gettempdir()) / "ham-cache"
-        folder.mkdir(exist_ok=True)
-    return folder
+        image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode.startswith("I"):
+            raise OSError("more than 8 bit per channel: convert it")
+        return image.convert("RGB")
+    except Exception as error:  # noqa: BLE001, PIL has many for broken files
+        raise ValueError(f"{file} is not a readable image ({error})") from None
 
 
 def decode(files, root, config):
@@ -902,19 +882,15 @@ def decode(files, root, config):
     stats = [(str(file)[len(str(root)) :], Path(file).stat()) for file in files]
     key = json.dumps([how, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
     key = f"{how['input_size'][1]}px-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    cache = cache_folder(config.data_dir) / f"{root.name}-{key}.npy"
+    folder = Path(config.data_dir) / "cache"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # data that are shared often are read-only
+        folder = Path(tempfile.gettempdir()) / "ham-cache"
+        folder.mkdir(exist_ok=True)
+    cache = folder / f"{root.name}-{key}.npy"
     resize, crop = timm.data.create_transform(**how).transforms[:2]
-
-    def pixels(file):
-        try:
-            image = ImageOps.exif_transpose(Image.open(file))
-            if image.mode.startswith("I"):
-                raise OSError("more than 8 bit per channel: convert it")
-            image = crop(resize(image.convert("RGB")))
-        except Exception as error:  # noqa: BLE001, PIL has many for broken files
-            raise ValueError(f"{file} is not a readable image ({error})") from None
-        return np.asarray(image).transpose(2, 0, 1).tobytes()
-
+    pixels = lambda file: np.asarray(crop(resize(read_image(file)))).transpose(2, 0, 1).tobytes()
     with FileLock(cache.with_suffix(".lock")), ThreadPoolExecutor() as pool:
         if not cache.is_file():
             part, shape = cache.with_suffix(".part"), (len(files), *how["input_size"])
@@ -1133,9 +1109,9 @@ def check(config):
         raise InputError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
 
 
-def fail(message):
+def fail(message, status=2):
     """A mistake that the user can fix: one line, exit status 2."""
-    sys.exit(print(f"ham.py: {message}", file=sys.stderr) or 2)
+    sys.exit(print(f"ham.py: {message}", file=sys.stderr) or status)
 
 
 def parse(argv=None, kind=Config, manual=__doc__):
@@ -1155,19 +1131,10 @@ def parse(argv=None, kind=Config, manual=__doc__):
     return kind(**vars(parser.parse_args(argv)))
 
 
-def stop(number, _):
-    """SIGINT, SIGTERM, SIGHUP: the state of the last task is whole, whatever is being done."""
-    print("\nstopped; the same command goes on after the last task above", file=sys.stderr)
-    sys.exit(128 + number)
-
-
 def main(argv=None):
     """The command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # terminals that have no α
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
-        if hasattr(signal, name):  # a closed pipe just ends
-            signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGPIPE" else stop)
     config = parse(argv)
     try:
         if config.dataset == "demo" and not config.method:
@@ -1176,13 +1143,10 @@ def main(argv=None):
             run(config)
     except InputError as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on after the last task above", status=130)
     except OSError as error:  # a disk that is full, a folder that is read-only
         fail(f"--out {config.out}: {error}; when that is fixed, the same command goes on")
-    except Exception as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        cure = "--batch-size, --img-size, --images-per-class, a smaller --model"
-        fail(f"{str(error).splitlines()[0]:.150} (less memory: {cure})")
 
 
 if __name__ == "__main__":

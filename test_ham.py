@@ -422,7 +422,7 @@ def test_random_grouping_opens_like_cosine_and_then_draws(folder, tmp_path):
         results = trained(folder, tmp_path, grouping=grouping, seed=seed, **settings)[3]
         joined[grouping, seed] = [r["group"] for r in results["tasks"]]
         assert joined[grouping, seed][:3] == [0, 1, 2]
-    want = np.random.RandomState(1).randint(3, size=3).tolist()
+    want = [np.random.RandomState((1, task)).randint(3) for task in (3, 4, 5)]
     assert joined["random", 1][3:] == want and joined["random", 1] != joined["random", 3]
 
 
@@ -712,6 +712,7 @@ def publish(monkeypatch, tmp_path):
         archive.parent.mkdir(exist_ok=True)
         pack(archive, members)
         monkeypatch.setitem(ham.MD5, layout.__name__, md5(archive.read_bytes()))
+        monkeypatch.setitem(ham.ARCHIVES, layout.__name__, f"http://127.0.0.1:9/{name}")  # nobody
         monkeypatch.setitem(ham.IMAGES, layout.__name__, (20, 8))
         if layout is cifar100:
             sums = {k.split("/")[1]: md5(x) for k, x in members.items()}
@@ -784,7 +785,7 @@ def test_a_wrong_archive_or_an_empty_folder_is_named(layout, publish, tmp_path):
     whole = archive.read_bytes()
     for wrong in (whole[:-7], b"<html>", whole[:100] + bytes(10) + whole[110:]):
         archive.write_bytes(wrong)
-        with pytest.raises(ham.InputError, match="is not whole.*comes from http.*by hand"):
+        with pytest.raises(ham.InputError, match=r"comes from http.*md5 [0-9a-f]{32}.*by hand"):
             ham.load_data(layout_config(layout, tmp_path))
         assert archive.read_bytes() == wrong
     (tmp_path / archive.name.split(".")[0]).mkdir()
@@ -1093,8 +1094,8 @@ def test_two_runs_in_one_folder_and_what_is_not_ours(folder, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_says_how_to_go_on(folder, tmp_path, number, status):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_a_run_that_is_killed_goes_on(folder, tmp_path, number, status):
     command = [*flags(config(folder, tmp_path, tasks=6, epochs=4))]
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "ham.py"), *map(str, command)],
@@ -1106,8 +1107,8 @@ def test_a_signal_says_how_to_go_on(folder, tmp_path, number, status):
         assert run.poll() is None
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
-    assert run.returncode == status and "the same command goes on" in error, error
-    assert "Traceback" not in error
+    assert run.returncode == status and "Traceback" not in error, error
+    assert number == signal.SIGTERM or "the same command goes on" in error
     done = cli(*command)
     assert done.returncode == 0 and "tasks are learnt, going on" in done.stdout
 
@@ -1180,7 +1181,6 @@ BAD += [(f"--{flag} nowhere", "no such file") for flag in ("weights", "split-fil
 )
 def test_a_bad_flag_gives_one_line_and_status_2(arguments, says, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(ham.signal, "signal", lambda *_: None)
     monkeypatch.setattr(demo, "pretrained", lambda *_: timm.create_model("test_vit", num_classes=0))
     with pytest.raises(SystemExit) as stop:
         ham.main([*arguments.split(), "--out", str(tmp_path)])
@@ -1295,7 +1295,7 @@ def test_order_of_the_file():
     at = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert at["effective_weight"].lineno < 80 and at["HAM"].end_lineno < 300
     assert max(map(len, lines)) <= 100
-    assert len(lines) <= 1190  # the contract says 900: this may only fall
+    assert len(lines) <= 1153  # the contract says 900: this may only fall
     assert all(ast.get_docstring(n) for n in at.values())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 40

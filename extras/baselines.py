@@ -138,6 +138,13 @@ class EWC(ham.Sequential):
         self.fisher = self.fisher + self.squares / self.steps
         return super().finish(task, trained)
 
+    def state(self):
+        return super().state() | {"fisher": self.fisher}
+
+    def restore(self, state):
+        super().restore(state)
+        self.fisher = state["fisher"]
+
     def stored(self):
         return [*super().stored(), self.fisher]
 
@@ -310,6 +317,13 @@ class TreeLoRA(ham.Sequential):
         record["taken"] = [[bandit.n[leaf] for leaf in leaves] for bandit in self.bandits]
         return super().finish(task, trained) | record
 
+    def state(self):
+        return super().state() | {"gradients": self.gradients}
+
+    def restore(self, state):
+        super().restore(state)
+        self.gradients = state["gradients"]
+
     def stored(self):
         return super().stored() + [g for gradient in self.gradients for g in gradient]
 
@@ -445,6 +459,12 @@ class SAFM(ham.HAM):
                 weights[name] = w + ham.dense(self.pool[block_of(name)][k][name])
         return weights
 
+    def state(self):
+        return {"pool": self.pool, "choices": self.choices}
+
+    def restore(self, state):
+        self.pool, self.choices = state["pool"], state["choices"]
+
     def stored(self):
         return [x for adapters in self.pool.values() for one in adapters for x in factors(one)]
 
@@ -475,11 +495,11 @@ def train_safm(vit, method, data, task):
 
 def learn_safm(vit, method, data, folder):
     """ham.learn's loop, with three stages per task and weights per task."""
-    state, tested = ham.begin(folder, vit, method, data, resume=False), {}
+    state, tested = ham.begin(folder, vit, method, data), {}
     config, class_rows, records = method.config, state["class_rows"], state["records"]
     method.watch(vit)
-    for task, classes in enumerate(data.tasks):
-        times = [time.perf_counter()]
+    for task in range(len(records), config.tasks):
+        classes, times = data.tasks[task], [time.perf_counter()]
         tuned, record = train_safm(vit, method, data, task)
         times += [time.perf_counter()] * 2  # nothing is merged
         weights = method.weights_of(task)
@@ -495,7 +515,8 @@ def learn_safm(vit, method, data, folder):
         record["seconds"] = dict(zip(ham.PARTS, np.diff(times).tolist()))
         records.append(record)
         ham.print_task(records, config)
-    results = ham.summary(vit, method, data, state, under[-1])
+        ham.write_state(folder, state | {"method": method.state()})
+    results = ham.summary(vit, method, data, state)
     # Features of different tasks lie in different spaces; images are trained on in three stages.
     results["class_mean_oracle"] = None
     results["images_per_second"] = dict.fromkeys(("training", "inference"))
@@ -508,8 +529,7 @@ def features_safm(vit, method, data, tested):
     """All test images so far under every task's weights: an image costs T passes.
 
     tested: (task, j) -> features, labels of task j's images under a task's weights; what lacks is
-    added. No two tasks choose alike, as one block is always new. -> per task a list like
-    ham.evaluate's `tested`
+    added. No two tasks choose alike, as one block is always new. -> per task a list of (n, D), (n,)
     """
     seen = range(len(method.choices))
     for task in seen:
@@ -638,8 +658,7 @@ def run(config):
     if method.config.method == "safm":
         with ham.result_folder(method.config) as folder:
             return learn_safm(vit, method, data, folder)
-    more = method.config.method in ("ewc", "treelora")  # carry more than groups: no resuming
-    return ham.learn(vit, method, data, loss, resume=not more)
+    return ham.learn(vit, method, data, loss)
 
 
 def main(argv=None):

@@ -106,7 +106,7 @@ def test_without_its_penalty_it_is_sequential_and_with_it_not(method, tmp_path):
         vit, m, data, loss = baselines.prepare(c)
         if name == "without":
             m.config = dataclasses.replace(m.config, penalty=0.0)
-        results = ham.learn(vit, m, data, loss, resume=False)
+        results = ham.learn(vit, m, data, loss)
         runs.append([results["accuracy_matrix"], *(r["loss"] for r in results["tasks"])])
     assert runs[0] == runs[1]
     assert runs[2][1] == runs[0][1] and runs[2][2:] != runs[0][2:]  # from the second task on
@@ -153,6 +153,26 @@ def test_first_moves_nothing_after_the_first_task(tmp_path):
         want = w0[name] + ham.dense(method.groups[0].delta_w[name])
         assert torch.equal(w, want) and torch.equal(again.folded()[name], want)
         assert not torch.equal(w, w0[name]) and not again.w0
+
+
+@pytest.mark.parametrize("method", ["treelora", "ewc", "safm", "first"])
+def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch):
+    def figures(name):
+        r = baselines.run(config(method=method, name=name, epochs=3, out=str(tmp_path)))
+        measured = [{k: x for k, x in t.items() if "second" not in k} for t in r["tasks"]]
+        return r["accuracy_matrix"], measured, r["parameters_stored"]
+
+    whole, real = figures("whole"), ham.print_task
+
+    def stop(records, config):
+        real(records, config)
+        if len(records) == 2:  # its state is not written yet
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ham, "print_task", stop)
+        figures("parts")
+    assert figures("parts") == whole
 
 
 # ---------------------------------------------------------------------------------------- TreeLoRA
