@@ -175,7 +175,7 @@ class EWC(ham.Sequential):
 #   an inner product, scaled to the loss)
 # sparse updates: LoRA's factors                  the same
 # use: the last adapter                           the same
-# rate 0.005, batch 192, 20 or 50 epochs          rate, batch and epochs as of others
+# rate 0.005, batch 192, 20 or 50 epochs          rate searched, batch and epochs as of others
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
 #   is inferred, then predicted within)
 
@@ -343,7 +343,7 @@ class TreeLoRA(ham.Sequential):
 # adapter: bottleneck behind each block             LoRA on --layers
 # use: a task's own adapters; how the task is       no task: class by class under its task's
 #   known is not said (public: it is given)           weights, all cosines compared; T passes
-# rate 1.75e-4 of all, w too; batch 8               rate and batch as of others, rate of w 0.1
+# rate 1.75e-4 of all, w too; batch 8               rate searched, of w 0.1; batch as of others
 # optimiser, schedule: not said to start anew       anew in each stage, the head, too
 
 FIRST = {"empty": 0.11, "old": 0.08, "new": -0.08}  # the weights w that a search starts from
