@@ -21,7 +21,7 @@ W0        w0             (d, k)          a frozen weight, one per adapted layer
 B_i, A_i  b, a           (d, r), (r, k)  LoRA factors of task i; ΔW_i = B_i A_i, `delta_w`
 α_i       alpha          ()              importance of task i's adapter
 ΔW_G      Group.delta_w  (d, k)          adapter of a group: dense, or factors (d, r n), (r n, k)
-α_G       alpha_groups   (M,)            one importance per group (Group.alpha), always trained
+α_G       alpha_groups   (M,)            one importance per group (Group.alpha), all trained
 M, G_max  m, g_max       int             groups so far, and the most there may be
 τ         tau            float           similarity above which a task joins a group
 ρ         rho            float           fraction of weights that pruning keeps
@@ -245,9 +245,8 @@ class HAM:
             group.alpha = value
         similarities = cosine_similarity(flat(adapter), [flat(g.delta_w) for g in self.groups])
         j = assign_group(similarities, config.tau, config.g_max)  # (2)
-        if config.grouping == "random" and j < len(self.groups):
-            random = np.random.RandomState((config.seed, task))
-            j = int(random.randint(len(self.groups)))  # not whether to join, but which
+        if config.grouping == "random" and j < len(self.groups):  # not whether to join, but which
+            j = int(np.random.RandomState((config.seed, task)).randint(len(self.groups)))
         if j == len(self.groups):
             self.groups.append(Group({}))
         self.join(self.groups[j], task, adapter, alpha)
@@ -261,13 +260,11 @@ class HAM:
 
     def join(self, group, task, adapter, alpha):
         """Put task i into a group, in place; an empty one becomes α_i P(B_i) P(A_i)."""
-        rho, n = self.config.rho, len(group.members)
-        new, old = shares(n, self.config.merge)
+        rho, (new, old) = self.config.rho, shares(len(group.members), self.config.merge)
         for name, (b, a) in adapter.items():
-            updates, scales = [(prune(b, rho), prune(a, rho))], [alpha * new]  # (3)
-            if n:
-                updates, scales = [*updates, group.delta_w[name]], [*scales, group.alpha * old]
-            group.delta_w[name] = merge(updates, scales)  # (4)
+            before = group.delta_w.get(name, (b[:, :0], a[:0]))  # of a new group: rank 0
+            updates = (prune(b, rho), prune(a, rho)), before  # (3)
+            group.delta_w[name] = merge(updates, (alpha * new, group.alpha * old))  # (4)
         group.members.append(task)
         group.alpha = 1.0  # the old α_G is in ΔW_G now; other groups keep theirs (our choice)
 
@@ -416,7 +413,7 @@ def accuracies(logits, labels, tasks):
 
 
 def accuracy_so_far(per_task, sizes):
-    """A_t = correct / all test images seen so far. per_task: a[t]; sizes: test images of a task."""
+    """A_t = correct / all test images seen so far. per_task: a[t]; sizes: test images per task."""
     return sum(x * n for x, n in zip(per_task, sizes)) / sum(sizes[: len(per_task)])
 
 
@@ -442,7 +439,7 @@ def measures(matrix, sizes):
 
 # --------------------------------------------------------------------------------------------- Run
 
-PARTS = ("train", "merge", "class_means", "evaluate")  # of a task's seconds
+PARTS = ("train", "merge", "class_means", "evaluate")  # of a task's seconds, in their order
 RECORD = ("loss", "alpha", "alpha_groups", "group", "similarities", "group_sizes")
 RECORD += ("images_per_second", "head_accuracy")  # of a task; None where nothing is trained
 
@@ -474,13 +471,14 @@ def learn(vit, method, data, loss=task_loss):
             classes, record, times = data.tasks[task], dict.fromkeys(RECORD), [time.perf_counter()]
             if method.w0:
                 trained, log = train_task(vit, method, data, task, loss)  # (1)
-                times.append(time.perf_counter())
+            times.append(time.perf_counter())
+            if method.w0:
                 record |= method.finish(task, trained)  # (2) group, (3) prune, (4) scale, merge
                 class_rows["head"][list(classes)] = trained.head.detach()
                 losses = [value for value, _ in log[-(len(log) // config.epochs) :]]  # last epoch
                 record["loss"] = sum(losses) / len(losses)
                 record["images_per_second"] = config.epochs * sizes[task] / (times[1] - times[0])
-            times += [time.perf_counter()] * (3 - len(times))  # two where nothing is trained
+            times.append(time.perf_counter())
             weights = method.folded()
             means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
             if not means.isfinite().all():
@@ -492,8 +490,8 @@ def learn(vit, method, data, loss=task_loss):
             times.append(time.perf_counter())
             record["seconds"] = dict(zip(PARTS, np.diff(times).tolist()))
             records.append(record)
-            print_task(records, config)
             write_state(folder, state | {"method": method.state()})
+            print_task(records, config)
         return save(folder, vit, method, data, state)
 
 
@@ -510,9 +508,7 @@ def begin(folder, vit, method, data):
     zeros = torch.zeros(len(data.names), vit.num_features, device=method.config.device)
     class_rows = {"class-mean": zeros} | ({"head": zeros.clone()} if method.w0 else {})
     state = {"settings": settings(method.config), "class_rows": class_rows, "records": []}
-    state |= {"matrix": {read_out: [] for read_out in class_rows}, "method": method.state()}
-    write_state(folder, state)  # tries, before hours of training, whether it can be
-    return state
+    return state | {"matrix": {read_out: [] for read_out in class_rows}}
 
 
 def write_state(folder, state):
@@ -587,8 +583,6 @@ def print_task(records, config):
 
 # -------------------------------------------------------------------------------------------- Save
 
-FILES = ("config.json", "model.safetensors", "results.json")  # the last one says: complete
-
 
 @contextlib.contextmanager
 def result_folder(config):
@@ -604,45 +598,43 @@ def result_folder(config):
                     old = json.loads((folder / "results.json").read_text("utf-8"))
                     old |= old["config"]
                 elif (folder / "state.pt").is_file():
-                    old = torch.load(folder / "state.pt", weights_only=True)["settings"]
+                    old = torch.load(folder / "state.pt", "cpu", weights_only=True)["settings"]
             except Exception as error:
                 what = f"{folder} holds a broken file, or another program's ({error!r:.99})"
                 raise InputError(f"{what}: move it away; or {cure}") from error
             if other := [k for k, v in new.items() if old.get(k, v) != v]:
                 raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
-            for name in ("state.pt", *FILES) * config.restart:
-                (folder / name).unlink(missing_ok=True)
+            if config.restart:
+                for name in ("state.pt", "results.json"):
+                    (folder / name).unlink(missing_ok=True)
             yield folder
     except Timeout:
         raise InputError(f"{folder}: another run is writing there; {cure}") from None
 
 
 def settings(config):
-    """What makes a run another one: all but where things lie; files by content."""
+    """What makes a run another one: not where things lie, but what the files hold."""
     paths = ("out", "data_dir", "weights", "split_file", "restart")
     files = {"weights_sha256": sha256(config.weights), "split_sha256": sha256(split_file(config))}
     return {k: v for k, v in vars(config).items() if k not in paths} | files
 
 
 def save(folder, vit, method, data, state):
-    """results.json, and the folded model as timm writes it, with unit class means as its head."""
+    """The folded model as timm writes it, with unit class means as its head, then results.json."""
     results, size = summary(vit, method, data, state), data.transform["size"]
-    class_rows, part = state["class_rows"][method.config.read_out], folder / "part"
+    class_rows = state["class_rows"][method.config.read_out]
     model = copy.deepcopy(vit).cpu()
     model.reset_classifier(len(data.names))
-    head = {"head.weight": F.normalize(class_rows, dim=1), "head.bias": class_rows.sum(1) * 0}
+    head = {"head.weight": F.normalize(class_rows, dim=1), "head.bias": class_rows[:, 0] * 0}
     model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
     about = {k: data.transform[k] for k in ("mean", "std", "interpolation")}
     about |= {"input_size": (3, size, size), "crop_pct": method.config.crop_pct}
     about = {"label_names": data.names, "pretrained_cfg": about}
     made = {"img_size": size} | getattr(vit, "made_with", {})  # the demo's ViT is no timm name
-    shutil.rmtree(part, ignore_errors=True)  # what a run that was killed has left
-    timm.models.save_for_hf(model, part, about, made, safe_serialization=True)
+    timm.models.save_for_hf(model, folder, about, made, safe_serialization=True)
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    (part / "results.json").write_text(text, "utf-8")
-    for name in FILES:  # each appears whole or not at all
-        (part / name).replace(folder / name)
-    shutil.rmtree(part)
+    (folder / "results.part").write_text(text, "utf-8")
+    (folder / "results.part").replace(folder / "results.json")  # says: all is there
     keys = "final_accuracy", "average_incremental_accuracy", "forgetting"
     print(", ".join(f"{key.replace('_', ' ')} {results[key]:.1f} %" for key in keys))
     print(f"written: {folder}\n", flush=True)
@@ -745,9 +737,8 @@ def class_order(names, how, seed):
     random, n = np.random.RandomState(seed), len(names)
     if how in ("random", "natural"):
         return random.permutation(n).tolist() if how == "random" else list(range(n))
-    lines = [line.strip() for line in Path(how).read_text("utf-8-sig").strip().splitlines()]
-    blocks = [block.split("\n") for block in re.split("\n\n+", "\n".join(lines))]
-    listed = [name for i in random.permutation(len(blocks)) for name in blocks[i]]
+    blocks = re.split(r"\n\s*\n", Path(how).read_text("utf-8-sig").strip())
+    listed = [x.strip() for i in random.permutation(len(blocks)) for x in blocks[i].split("\n")]
     if sorted(listed) != sorted(names):
         wrong = set(listed) ^ set(names) or {x for x in listed if listed.count(x) > 1}
         raise InputError(f"--class-order {how}: {n} classes, each once; see {sorted(wrong)[:3]}")
@@ -783,7 +774,7 @@ def load_data(config):
 
 def read(config):
     """A data set in its own order -> pixels (N, 3, S, S) uint8, labels, is it for tests, names."""
-    name, data_dir = config.dataset, Path(config.data_dir)
+    name, data_dir, split = config.dataset, Path(config.data_dir), split_file(config)
     if name == "demo":
         return demo().read(config.seed)
     root, wanted = Path(name), IMAGES.get(name)
@@ -796,7 +787,7 @@ def read(config):
             cure += f"wrong, or put {archive.name} into {data_dir} by hand"
             if not root.is_dir():
                 fetch(ARCHIVES[name], MD5[name], root)
-        images, labels, tests, names = read_layout(name, root, split_file(config))
+        images, labels, tests, names = read_layout(name, root, split)
         labels, tests = np.asarray(labels), np.asarray(tests)
         found = (int((~tests).sum()), int(tests.sum()))
         if wanted and (sum(found) != sum(wanted) or (found != wanted and not config.split_file)):
@@ -838,10 +829,9 @@ def read_layout(name, root, split):
         files, labels = files.contiguous(), train.targets + test.targets
     elif name == "tiny_imagenet":  # its validation images are the test images, all in one folder
         train = ImageFolder(root / "train")
-        lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
-        test, wnids = zip(*(line.split("\t")[:2] for line in lines))
-        files = [x for x, _ in train.samples] + [root / "val" / "images" / x for x in test]
-        labels = train.targets + [train.class_to_idx[x] for x in wnids]
+        test = np.loadtxt(root / "val" / "val_annotations.txt", str)
+        files = [x for x, _ in train.samples] + [root / "val" / "images" / x for x in test[:, 0]]
+        labels = train.targets + [train.class_to_idx[x] for x in test[:, 1]]
     else:
         train, test = (ImageFolder(root / part) for part in ("train", "test"))
         if other := set(train.classes) ^ set(test.classes):
@@ -940,7 +930,7 @@ def build_vit(config):
         if config.weights:
             load_weights(vit, config.weights)
     except Exception as error:  # each format and each way to download has errors of its own
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise InputError(f"weights of {config.model}: {reason} ({cure})") from error
     if not all(hasattr(block, "attn") for block in getattr(vit, "blocks", [None])):
         raise InputError(f"--model {config.model}: no vision transformer of attention blocks")
@@ -955,12 +945,11 @@ def load_weights(vit, file):
     """Every weight from a file, position embeddings resampled by timm; a head may be left over."""
     # timm itself is not strict where a model has no head: what is missing would stay random.
     adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda x, _: x)
-    state, wanted = adapt(timm.models.load_state_dict(file), vit), vit.state_dict()
-    missing = [k for k, x in wanted.items() if k not in state or state[k].shape != x.shape]
-    surplus = [k for k in state if k not in wanted and not k.startswith("head")]
+    state = adapt(timm.models.load_state_dict(file, weights_only=True), vit)
+    state = {k: x for k, x in state.items() if not k.startswith("head")}
+    missing, surplus = vit.load_state_dict(state, strict=False)
     if missing or surplus:
         raise ValueError(f"{file} lacks {missing[:3]} ..., has besides {surplus[:3]} ...")
-    vit.load_state_dict({k: state[k] for k in wanted}, strict=True)
 
 
 def lora_layers(vit, layers):
@@ -1067,7 +1056,7 @@ def resolve(config):
     whole = config.dataset in ("demo", "cifar100")  # a crop would cut off what little there is
     c["crop_pct"] = config.crop_pct or (1.0 if whole else cfg.crop_pct)
     c["epochs"] = config.epochs or (10 if drawn else 5)
-    if method != "ham" and method in METHODS:
+    if method != "ham":
         c |= dict.fromkeys(GROUPED) | {"train_alpha": False}
     if method == "average":  # one group that every adapter joins; nothing pruned
         c |= {"tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
@@ -1091,13 +1080,11 @@ def check(config):
             continue
         if choices and value not in choices:
             raise InputError(f"{flag}: must be one of {', '.join(choices)}")
-        if name in ("rho", "crop_pct") and not 0 < value <= 1:
-            raise InputError(f"{flag}: must be above 0 and at most 1")
         if name == "seed" and not 0 <= value < 2**32:
             raise InputError(f"{flag}: must be from 0 to 2^32 - 1")
-        number = f.type in ("int", "float") and name not in ("seed", "tau")
-        if number and not 0 < value < math.inf:
-            raise InputError(f"{flag}: must be above 0")
+        most = 1 if name in ("rho", "crop_pct") else sys.float_info.max
+        if f.type in ("int", "float") and name not in ("seed", "tau") and not 0 < value <= most:
+            raise InputError(f"{flag}: must be above 0" + " and at most 1" * (most == 1))
         file = name in ("weights", "split_file", "class_order")
         if file and value not in ("random", "natural") and not Path(value).is_file():
             raise InputError(f"{flag}: no such file")
@@ -1110,7 +1097,7 @@ def check(config):
 
 
 def fail(message, status=2):
-    """A mistake that the user can fix: one line, exit status 2."""
+    """One line that says the cure, and the exit status."""
     sys.exit(print(f"ham.py: {message}", file=sys.stderr) or status)
 
 
@@ -1146,7 +1133,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         fail("stopped; the same command goes on after the last task above", status=130)
     except OSError as error:  # a disk that is full, a folder that is read-only
-        fail(f"--out {config.out}: {error}; when that is fixed, the same command goes on")
+        fail(f"{error}; when that is fixed, the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1215,7 +1215,7 @@ def altered(folder, change):
 )
 def test_weights_that_do_not_fit_are_refused(folder, tmp_path, change, names):
     save_file(altered(folder, change), tmp_path / "other.safetensors")
-    with pytest.raises(ham.InputError, match=rf"other\.safetensors lacks .*{names}"):
+    with pytest.raises(ham.InputError, match=rf"(safetensors lacks|size mismatch) .*{names}"):
         ham.run(config(folder, tmp_path, weights=str(tmp_path / "other.safetensors")))
 
 
@@ -1295,7 +1295,7 @@ def test_order_of_the_file():
     at = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert at["effective_weight"].lineno < 80 and at["HAM"].end_lineno < 300
     assert max(map(len, lines)) <= 100
-    assert len(lines) <= 1153  # the contract says 900: this may only fall
+    assert len(lines) <= 1140  # the contract says 900: this may only fall
     assert all(ast.get_docstring(n) for n in at.values())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 40

@@ -74,8 +74,7 @@ class First(ham.Sequential):
 
     def restore(self, state):
         super().restore(state)
-        if self.groups:
-            self.freeze()
+        self.freeze()
 
 
 class SDLoRA(ham.HAM):
@@ -514,8 +513,8 @@ def learn_safm(vit, method, data, folder):
         times.append(time.perf_counter())
         record["seconds"] = dict(zip(ham.PARTS, np.diff(times).tolist()))
         records.append(record)
-        ham.print_task(records, config)
         ham.write_state(folder, state | {"method": method.state()})
+        ham.print_task(records, config)
     results = ham.summary(vit, method, data, state)
     # Features of different tasks lie in different spaces; images are trained on in three stages.
     results["class_mean_oracle"] = None
@@ -609,15 +608,14 @@ def resolve(config):
     changes = {"gain": config.gain if method == "ham" else None}
     if method not in PENALTY or config.penalty is None:
         changes["penalty"] = PENALTY.get(method)
-    if method in METHODS:
-        changes |= dict.fromkeys(ham.GROUPED) | {"train_alpha": method == "sd_lora"}
-    if method == "sd_lora":
-        changes["lr_alpha"] = config.lr_alpha
     if method == "first":
         changes["read_out"] = "class-mean"  # only task 1 has a head
     if changes["gain"] and config.merge != "solution":
         raise ham.InputError(f"--gain {config.gain}: goes with --merge solution only")
-    return ham.resolve(dataclasses.replace(config, **changes))
+    resolved = ham.resolve(dataclasses.replace(config, **changes))
+    if method == "sd_lora":  # no groups, but their scalars
+        resolved = dataclasses.replace(resolved, train_alpha=True, lr_alpha=config.lr_alpha)
+    return resolved
 
 
 def loss_of(method):

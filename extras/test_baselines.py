@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch
 
     def stop(records, config):
         real(records, config)
-        if len(records) == 2:  # its state is not written yet
+        if len(records) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
