@@ -605,7 +605,7 @@ def result_folder(config):
             if other := [k for k, v in new.items() if old.get(k, v) != v]:
                 raise InputError(f"{folder} holds a run with other {', '.join(other)}: {cure}")
             if config.restart:
-                for name in ("state.pt", "results.json"):
+                for name in ("state.pt", "results.json", "model.safetensors", "config.json"):
                     (folder / name).unlink(missing_ok=True)
             yield folder
     except Timeout:
@@ -783,8 +783,8 @@ def read(config):
         if wanted:
             archive = data_dir / ARCHIVES[name].split("/")[-1]
             root = data_dir / archive.name.split(".")[0]
-            cure = f"; {root} comes from {ARCHIVES[name]} (md5 {MD5[name]}): move away what is "
-            cure += f"wrong, or put {archive.name} into {data_dir} by hand"
+            cure = f"; {root} is made of {archive} (md5 {MD5[name]}), which comes from "
+            cure += f"{ARCHIVES[name]}: move away what is wrong, or put it there by hand"
             if not root.is_dir():
                 fetch(ARCHIVES[name], MD5[name], root)
         images, labels, tests, names = read_layout(name, root, split)
@@ -799,7 +799,7 @@ def read(config):
 
 
 def fetch(url, md5, root):
-    """Make a data set's folder from its archive, which is downloaded where it is not there."""
+    """Make a data set's folder from its archive, downloaded unless it lies beside it, whole."""
     part = root.with_name(root.name + ".part")
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(part.with_suffix(".lock")):
@@ -1132,8 +1132,10 @@ def main(argv=None):
         fail(error)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on after the last task above", status=130)
+    except BrokenPipeError:  # python ham.py | head
+        os._exit(141)
     except OSError as error:  # a disk that is full, a folder that is read-only
-        fail(f"{error}; when that is fixed, the same command goes on")
+        fail(f"--out {config.out}? {error}; when that is fixed, the same command goes on")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class First(ham.Sequential):
 
     def restore(self, state):
         super().restore(state)
-        self.freeze()
+        if self.groups:
+            self.freeze()
 
 
 class SDLoRA(ham.HAM):
@@ -494,6 +495,8 @@ def train_safm(vit, method, data, task):
 
 def learn_safm(vit, method, data, folder):
     """ham.learn's loop, with three stages per task and weights per task."""
+    if (folder / "results.json").is_file():
+        return json.loads((folder / "results.json").read_text("utf-8"))
     state, tested = ham.begin(folder, vit, method, data), {}
     config, class_rows, records = method.config, state["class_rows"], state["records"]
     method.watch(vit)

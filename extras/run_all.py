@@ -58,6 +58,7 @@ for tasks in (20, 50, 10, 5):
     add("cifar100", tasks, FIXED, I50, "i50", ONE)
 add("cifar100", 20, "ham sequential average", I50, "i50", MORE, lr=FEW)
 add("cifar100", 50, "ham sequential", I50, "i50", MORE, lr=FEW)
+add("cifar100", 20, "sequential", I50, "i50-law")
 add("cifar100", 20, OTHERS, I50, "i50")
 add("cifar100", 50, "o_lora ewc", I50, "i50")
 add("cifar100", 50, "treelora safm sd_lora", I50, "i50", ONE)

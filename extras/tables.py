@@ -56,6 +56,7 @@ PARTS = {  # of HAM, CIFAR-100, T = 20: what tasks are made of, what was changed
 }
 # the first of these again, with nothing changed that should matter
 NOISE = {"ham": "i50", "again": "i50-again", "two threads": "i50-2threads", "fp32": "i50-fp32"}
+RATES = "CIFAR-100, T = 20"
 COMPARED = [*SETTINGS, *dict.fromkeys(tasks for tasks, _ in PARTS)]
 KINDS = "aaptpttaatpaaaaaaptt"  # of superclasses: animals, plants and landscapes, things
 RUN = ["config.dataset", "config.tasks", "config.method", "config.name"]
@@ -70,6 +71,9 @@ def rows():
     changed = PARTS | {("noise", row): name for row, name in NOISE.items()}
     for (setting, row), name in changed.items():
         yield setting, row, "cifar100", 20, "ham", name
+    for rate, name in {"3e-4": "i50", "by the law": "i50-law"}.items():
+        yield RATES, f"sequential, {rate}", "cifar100", 20, "sequential", name
+    yield RATES, "ham", "cifar100", 20, "ham", "i50"
 
 
 def signed(x):
@@ -201,6 +205,12 @@ def growth(results=RESULTS):
     table = told({"ham − sequential": gap, f"more than at {order[0].split(', ')[-1]}": more})
     table["seeds"] = gap.count().map(str)
     return table.loc[order].astype(object).fillna("").rename_axis("setting")
+
+
+def rates(results=RESULTS):
+    """`sequential` at the rate of the other tables, and at the law's."""
+    columns = ["final accuracy", "ham − it", "forgetting", "seeds"]
+    return summary(runs(results, [RATES]), columns)
 
 
 def others(results=RESULTS):
@@ -430,7 +440,8 @@ def grid(paper=None, results=RESULTS):
 
 
 TABLES = [headline, controls, growth, parts, related, others, settings, measures, costs, noise]
-TABLES = {table.__name__: table for table in [*TABLES, choices, side_by_side, law, tried, grid]}
+TABLES += [rates, choices, side_by_side, law, tried, grid]
+TABLES = {table.__name__: table for table in TABLES}
 
 
 def fill(text, results=RESULTS):

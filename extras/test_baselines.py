@@ -156,7 +156,7 @@ def test_first_moves_nothing_after_the_first_task(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["treelora", "ewc", "safm", "first"])
-def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch, capsys):
     def figures(name):
         r = baselines.run(config(method=method, name=name, epochs=3, out=str(tmp_path)))
         measured = [{k: x for k, x in t.items() if "second" not in k} for t in r["tasks"]]
@@ -173,6 +173,8 @@ def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch
         patch.setattr(ham, "print_task", stop)
         figures("parts")
     assert figures("parts") == whole
+    assert "2 tasks are learnt, going on" in capsys.readouterr().out
+    assert figures("parts") == whole  # is complete: not run again
 
 
 # ---------------------------------------------------------------------------------------- TreeLoRA
