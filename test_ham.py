@@ -27,10 +27,8 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import types
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -50,6 +48,14 @@ from extras import demo
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
 CLASSES, TRAIN, TEST = 6, 10, 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def source_read_once():
+    """The command line reads its help out of the source: a fifth of a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +88,8 @@ def untrained(folder, tmp_path, **settings):
     out = tmp_path / str(len(list(tmp_path.iterdir())))  # one each: they are not to be compared
     out.mkdir()
     c = ham.resolve(config(folder, out, **({"lr": 1e-3} | settings)))
-    vit, data = ham.build_vit(c), ham.load_data(c)
-    return vit, ham.METHODS[c.method](ham.lora_layers(vit, c.layers), c), data
+    vit = ham.build_vit(c)
+    return vit, ham.METHODS[c.method][0](ham.lora_layers(vit, c.layers), c), ham.load_data(c, vit)
 
 
 def trained(folder, tmp_path, **settings):
@@ -92,10 +98,15 @@ def trained(folder, tmp_path, **settings):
     return vit, method, data, ham.learn(vit, method, data)
 
 
-def features(vit, weights, data):
-    rows = torch.cat(data.test)
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """A finished run of HAM, for tests that only look at it: vit, method, data, results."""
+    return trained(folder, tmp_path_factory.mktemp("finished"))
+
+
+def features(vit, weights, data, part="test"):
     with torch.no_grad():
-        return functional_call(vit, weights, data.batch(rows, "cpu"))
+        return functional_call(vit, weights, data.prepare(data.pixels[part]))
 
 
 def cli(*arguments, **kwargs):
@@ -110,7 +121,7 @@ def flags(c):
         value, flag = getattr(c, f.name), f.name.replace("_", "-")
         if value is not None and value != f.default:
             yield from (
-                [f"--{'' if value else 'no-'}{flag}"] if f.type == "bool" else [f"--{flag}", value]
+                [f"--{'' if value else 'no-'}{flag}"] if f.type is bool else [f"--{flag}", value]
             )
 
 
@@ -133,19 +144,71 @@ def test_effective_weight_is_equation_1():
     torch.testing.assert_close(got @ x, h)
 
 
-def test_training_moves_the_factors_and_every_scalar_and_nothing_else(folder, tmp_path):
-    vit, method, data, _ = trained(folder, tmp_path, g_max=2, tau=1.0, tasks=2)
+def test_training_moves_the_factors_and_every_scalar_and_nothing_else(finished):
+    vit, method, data, _ = finished
     before = copy.deepcopy([g.delta_w for g in method.groups]), copy.deepcopy(vit.state_dict())
-    start, (moved, log) = method.start(), ham.train_task(vit, method, data, 1)
-    assert moved.alpha != 1 and len(moved.alpha_groups) == 2
-    assert (moved.alpha_groups != start.alpha_groups).all()
+    start, (moved, loss) = method.start(), ham.train_task(vit, method, data, 1)
+    assert moved.alpha != 1 and len(moved.alpha_groups) == len(method.groups) > 1
+    assert (moved.alpha_groups != start.alpha_groups).all() and 0 < loss < 10
     for name, (b, a) in moved.adapter.items():
         assert (b != 0).any() and (a != start.adapter[name][1]).any()
     for old, new in zip(before[0], method.groups):
         for name, update in old.items():
             assert torch.equal(ham.dense(update), ham.dense(new.delta_w[name]))
     assert all(torch.equal(x, before[1][n]) for n, x in vit.state_dict().items())
-    assert len(log) == method.config.epochs * math.ceil(3 * TRAIN / method.config.batch_size)
+
+
+def test_what_is_trained_how_by_hand():
+    """A's bound and seed, B = 0; rates, no weight decay, a cosine to 0; head rows: class means."""
+    w0 = {"x": torch.zeros(3, 4, dtype=torch.float64), "y": torch.zeros(5, 100).double()}
+    c = ham.Config(rank=50, lr=0.1, lr_head=0.2, lr_alpha=0.3, seed=1)
+    trained = ham.HAM(w0, c).start()
+    for name, (b, a) in trained.adapter.items():
+        bound = 1 / math.sqrt(w0[name].shape[1])
+        assert not b.any() and 0.95 * bound < a.abs().max() <= bound and a.dtype == torch.float64
+        again, other = (ham.new_adapter(w0, 50, seed)[name][1] for seed in (1, 2))
+        assert torch.equal(a, again) and not torch.equal(a, other)
+    f, labels = torch.arange(8.0).view(4, 2), torch.tensor([7, 3, 3, 7])
+    optimiser, schedule = trained.begin(f, labels, [3, 7], c, steps=4)
+    assert torch.equal(trained.head, torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+    groups = optimiser.param_groups
+    assert [len(g["params"]) for g in groups] == [4, 1, 2]
+    assert [g["weight_decay"] for g in groups] == [0, 0, 0]
+    for step in range(5):
+        share = (1 + math.cos(math.pi * step / 4)) / 2
+        assert [g["lr"] for g in groups] == pytest.approx([0.1 * share, 0.2 * share, 0.3 * share])
+        optimiser.step()
+        schedule.step()
+
+
+def test_loss_takes_the_labels_of_the_data():
+    rows, f = torch.randn(3, 5), torch.randn(4, 5)
+    trained = types.SimpleNamespace(head=rows, classes=torch.tensor([40, 7, 12]))
+    got = ham.task_loss(trained, f, torch.tensor([7, 12, 40, 7]))
+    cosines = torch.stack([torch.cosine_similarity(f, row[None]) for row in rows], 1)
+    torch.testing.assert_close(got, F.cross_entropy(16 * cosines, torch.tensor([1, 2, 0, 1])))
+
+
+def test_lifted_into_another_loop_nothing_is_shared(finished):
+    """`state` and `restore` copy; loading folded weights into the model leaves W0 as it is."""
+    vit, method, _, _ = finished
+    w0 = {name: w.clone() for name, w in method.w0.items()}
+    state, again = method.state(), ham.HAM(method.w0, method.config)
+    again.restore(state)
+    for group in state["groups"]:
+        group["delta_w"].clear()
+        group["members"].append(99)
+    assert [g.members for g in again.groups] == [g.members for g in method.groups]
+    assert [g.alpha for g in again.groups] == [g.alpha for g in method.groups]
+    again.groups[0].members.append(5)
+    assert 5 not in method.groups[0].members
+    model = copy.deepcopy(vit)
+    layers = ham.lora_layers(model, "qkv")
+    model.load_state_dict(method.folded(), strict=False)
+    assert all(torch.equal(layers[name], w) for name, w in w0.items())
+    for wrong in ({"lr": None}, {"lr": 1e-3, "seed": None}, {"lr": 1e-3, "rho": 1.5}):
+        with pytest.raises(ham.InputError, match="lr"):
+            ham.HAM(w0, ham.Config(**wrong))
 
 
 def test_cosine_similarity():
@@ -259,8 +322,8 @@ def test_merge_equals_peft_cat():
 # ------------------------------------------------------------------------------------- Invariants
 
 
-def test_a_new_adapter_changes_nothing(folder, tmp_path):
-    vit, method, data, _ = trained(folder, tmp_path)
+def test_a_new_adapter_changes_nothing(finished):
+    vit, method, data, _ = finished
     with torch.no_grad():
         weights = method.start().weights(method.w0)
     torch.testing.assert_close(features(vit, weights, data), features(vit, method.folded(), data))
@@ -284,30 +347,30 @@ def test_opening_a_group_and_joining_under_sum_change_nothing(folder, tmp_path, 
 
 
 @pytest.mark.parametrize("how", ["solution", "mean", "sum"])
-@pytest.mark.parametrize("grouping", ["cosine", "random"])
-def test_groups_are_sums_of_pruned_members(folder, tmp_path, how, grouping):
+def test_groups_are_sums_of_pruned_members(how):
     """At scalars of 1: c = 1 / place of entry, 1 / size, 1; whatever was trained."""
-    settings = {"tasks": 6, "g_max": 2, "tau": 0.0, "rho": 0.5, "merge": how, "grouping": grouping}
-    _, method, _ = untrained(folder, tmp_path, train_alpha=False, **settings)
-    alone, groups, random = [], [], torch.Generator().manual_seed(0)
+    random, w0 = (
+        torch.Generator().manual_seed(0),
+        {"x": torch.zeros(30, 20), "y": torch.zeros(8, 40)},
+    )
+    c = ham.Config(g_max=2, tau=0.0, rho=0.5, merge=how, train_alpha=False, lr=1.0, rank=2)
+    method, alone, groups = ham.HAM(w0, c), [], []
     for task in range(6):
-        trained_to = method.start()  # not trained: a task of one class would leave B = 0
+        trained_to = method.start()
         for b, _ in trained_to.adapter.values():
             b.data.normal_(generator=random)
-        alone.append(
-            {n: ham.prune(b, 0.5) @ ham.prune(a, 0.5) for n, (b, a) in trained_to.adapter.items()}
-        )
+        items = trained_to.adapter.items()
+        alone.append({n: ham.prune(b, 0.5) @ ham.prune(a, 0.5) for n, (b, a) in items})
         groups.append(method.finish(task, trained_to)["group"])
     assert len(method.groups) <= 2
     for j, group in enumerate(method.groups):
         members = [task for task in range(6) if groups[task] == j]
         assert members == group.members and group.alpha == 1
         n = len(members)
-        c = {"solution": [1 / (i + 1) for i in range(n)], "mean": [1 / n] * n, "sum": [1.0] * n}[
-            how
-        ]
+        places = [1 / (i + 1) for i in range(n)]
+        weight = {"solution": places, "mean": [1 / n] * n, "sum": [1.0] * n}[how]
         for name, update in group.delta_w.items():
-            want = sum(x * alone[task][name] for x, task in zip(c, members))
+            want = sum(x * alone[task][name] for x, task in zip(weight, members))
             assert want.abs().max() > 0.01
             torch.testing.assert_close(ham.dense(update), want.detach(), rtol=1e-4, atol=1e-5)
 
@@ -323,7 +386,7 @@ def test_which_tasks_share_a_group_does_not_matter(how):
     w0, adapters = {"layer": normal(8, 6)}, [(normal(8, 2), normal(2, 6)) for _ in range(6)]
 
     def folded(groups):
-        method = ham.HAM(w0, types.SimpleNamespace(seed=0, rho=0.5, merge=how))
+        method = ham.HAM(w0, ham.Config(lr=1.0, rho=0.5, merge=how))
         method.groups = [ham.Group({}) for _ in range(2)]
         for task, j in enumerate(groups):
             method.join(method.groups[j], task, {"layer": adapters[task]}, 1.0)
@@ -382,8 +445,9 @@ def test_a_run_by_brute_force_from_its_adapters_and_trained_scalars(folder, tmp_
             torch.testing.assert_close(ham.dense(update), want[name], rtol=1e-4, atol=1e-6)
 
 
-def test_groups_as_branches_beside_each_layer_give_the_folded_features(folder, tmp_path):
-    vit, method, data, _ = trained(folder, tmp_path)
+def test_groups_as_branches_beside_each_layer_give_the_folded_features(finished):
+    vit, method, data, _ = finished
+    vit = copy.deepcopy(vit)
     folded, plain = features(vit, method.folded(), data), features(vit, {}, data)
 
     def branches(name, module, inputs, output):
@@ -398,33 +462,16 @@ def test_groups_as_branches_beside_each_layer_give_the_folded_features(folder, t
 
 
 @pytest.mark.parametrize(("g_max", "tau"), [(1, 1.0), (2, 1.0), (2, 0.0), (6, 1.0)])
-def test_never_more_than_g_max_groups(folder, tmp_path, g_max, tau):
-    _, method, _, results = trained(folder, tmp_path, tasks=6, g_max=g_max, tau=tau, epochs=1)
-    assert all(len(r["group_sizes"]) <= g_max for r in results["tasks"])
+def test_never_more_than_g_max_groups(g_max, tau):
+    method = ham.HAM({"x": torch.zeros(9, 8)}, ham.Config(g_max=g_max, tau=tau, lr=1.0))
+    for task in range(6):
+        trained_to = method.start()
+        torch.nn.init.normal_(trained_to.adapter["x"][0])
+        record = method.finish(task, trained_to)
+        assert len(record["group_sizes"]) <= g_max and len(record["similarities"]) <= task
     assert sorted(t for g in method.groups for t in g.members) == list(range(6))
     if tau == 1:
         assert len(method.groups) == g_max
-
-
-def test_a_task_of_one_class_is_said_to_train_nothing(folder, tmp_path, capsys):
-    _, method, _, _ = trained(folder, tmp_path, tasks=CLASSES, epochs=1)
-    assert "a task of one class" in capsys.readouterr().out
-    assert not any(ham.flat(group.delta_w).any() for group in method.groups)
-    trained(folder, tmp_path, tasks=CLASSES - 1, epochs=1)  # the last tasks have one
-    assert "a task of one class" in capsys.readouterr().out
-    trained(folder, tmp_path, tasks=CLASSES // 2, epochs=1)
-    assert "a task of one class" not in capsys.readouterr().out
-
-
-def test_random_grouping_opens_like_cosine_and_then_draws(folder, tmp_path):
-    settings = {"tasks": 6, "g_max": 3, "tau": 1.0, "epochs": 1}
-    joined = {}
-    for grouping, seed in (("cosine", 1), ("random", 1), ("random", 2), ("random", 3)):
-        results = trained(folder, tmp_path, grouping=grouping, seed=seed, **settings)[3]
-        joined[grouping, seed] = [r["group"] for r in results["tasks"]]
-        assert joined[grouping, seed][:3] == [0, 1, 2]
-    want = [np.random.RandomState((1, task)).randint(3) for task in (3, 4, 5)]
-    assert joined["random", 1][3:] == want and joined["random", 1] != joined["random", 3]
 
 
 def test_fixed_importance_stays_at_1(folder, tmp_path):
@@ -454,18 +501,18 @@ def plain_training(vit, data, classes, start, c, shuffle):
         parametrize.register_parametrization(
             vit.get_submodule(name.removesuffix(".weight")), "weight", loras[name]
         )
-    rows = torch.cat([data.train[k] for k in classes])
-    y = torch.tensor([i for i, k in enumerate(classes) for _ in data.train[k]])
+    pixels, y = data.images("train", classes)
+    y = y - classes[0]
     with torch.no_grad():
-        f = vit(data.batch(rows, "cpu"))
+        f = vit(data.prepare(pixels))
     head = torch.nn.Parameter(torch.stack([f[y == i].mean(0) for i in range(len(classes))]))
     factors = torch.optim.AdamW([p for m in loras.values() for p in m.parameters()], weight_decay=0)
     last = torch.optim.AdamW([head], weight_decay=0)
-    step, steps = 0, c.epochs * math.ceil(len(rows) / c.batch_size)
+    step, steps = 0, c.epochs * math.ceil(len(pixels) / c.batch_size)
     for _ in range(c.epochs):
-        for batch in torch.randperm(len(rows), generator=shuffle).split(c.batch_size):
+        for batch in torch.randperm(len(pixels), generator=shuffle).split(c.batch_size):
             mirror = torch.rand(len(batch), generator=shuffle) < 0.5
-            x = data.batch(rows[batch], "cpu")
+            x = data.prepare(pixels[batch])
             x[mirror] = x[mirror].flip(-1)
             cosine = F.cosine_similarity(vit(x)[:, None], head[None], dim=2)
             for optimiser, rate in ((factors, c.lr), (last, c.lr_head)):
@@ -500,106 +547,90 @@ def test_controls_equal_an_independent_version(folder, tmp_path, method):
 def test_frozen_is_nearest_class_mean_of_the_bare_model(folder, tmp_path):
     results = ham.run(config(folder, tmp_path, method="frozen"))
     c = ham.resolve(config(folder, tmp_path, method="frozen"))
-    vit, data = ham.build_vit(c), ham.load_data(c)
-    with torch.no_grad():
-        f = [F.normalize(vit(data.batch(rows, "cpu")), dim=1) for rows in data.train]
-        g = [F.normalize(vit(data.batch(rows, "cpu")), dim=1) for rows in data.test]
-    means = F.normalize(torch.stack([x.mean(0) for x in f]), dim=1)
-    right = sum(((x @ means.T).argmax(1) == k).sum().item() for k, x in enumerate(g))
-    assert results["final_accuracy"] == pytest.approx(100 * right / (CLASSES * TEST))
-    assert results["head_accuracy"] is None and results["config"]["lr"] is None
-    assert results["final_accuracy"] == pytest.approx(results["class_mean_oracle"])
+    vit = ham.build_vit(c)
+    data = ham.load_data(c, vit)
+    f, g = (F.normalize(features(vit, {}, data, part), dim=1) for part in ("train", "test"))
+    means = torch.stack([f[data.labels["train"] == k].mean(0) for k in range(CLASSES)])
+    right = ((g @ F.normalize(means, dim=1).T).argmax(1) == data.labels["test"]).double().mean()
+    assert results["final_accuracy"] == pytest.approx(100 * right.item())
+    assert results["config"]["lr"] is None and results["parameters_stored"] == CLASSES * 64
 
 
 # ------------------------------------------------------------------------------ Data and read-out
 
 
-def test_class_order_is_the_public_one():
-    assert ham.class_order(range(100), "random", 1993)[:6] == [68, 56, 78, 8, 23, 84]
-    assert ham.class_order("edcba", "natural", 1993) == [0, 1, 2, 3, 4]
-    want = np.random.RandomState(7).permutation(200).tolist()
-    assert ham.class_order(range(200), "random", 7) == want
+def loaded(folder, tmp_path, **settings):
+    c = ham.resolve(config(folder, tmp_path, **settings))
+    return ham.load_data(c, ham.build_vit(c))
 
 
-def test_class_order_from_a_file(tmp_path):
-    names, file = ["ant", "bee", "cat", "dog"], tmp_path / "order.txt"
-    file.write_text("dog\nant\nbee\ncat\n")
-    assert ham.class_order(names, str(file), 1) == [3, 0, 1, 2]
-    file.write_text("cat\ndog\n\nbee\nant\n")  # blocks: whole, in an order drawn from the seed
-    orders = {tuple(ham.class_order(names, str(file), seed)) for seed in range(20)}
-    assert orders == {(2, 3, 1, 0), (1, 0, 2, 3)}
-    for text, named in (("ant\nbee\ncat", "dog"), ("ant\nbee\ncat\ndog\ndog", "dog")):
-        file.write_text(text)
-        with pytest.raises(ham.InputError, match=named):
-            ham.class_order(names, str(file), 1)
-    file.write_text("\ufeffcat \ndog\n \n\nbee\nant\n\n", "utf-8")  # from another editor
-    assert {tuple(ham.class_order(names, str(file), seed)) for seed in range(20)} == orders
+def test_class_order_is_the_public_one(folder, tmp_path):
+    assert np.random.RandomState(1993).permutation(100)[:6].tolist() == [68, 56, 78, 8, 23, 84]
+    order = np.random.RandomState(7).permutation(CLASSES)
+    assert loaded(folder, tmp_path, seed=7).names == [f"class{x}" for x in order]
+    natural = loaded(folder, tmp_path, seed=7, class_order="natural").names
+    assert natural == [f"class{x}" for x in range(CLASSES)]
 
 
-def test_superclasses_are_20_blocks_of_5():
-    text = (ROOT / "extras/cifar100_superclasses.txt").read_text(encoding="utf-8")
-    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
-    assert [len(block) for block in blocks] == [5] * 20
-    assert len({name for block in blocks for name in block}) == 100
-    assert ["beaver", "dolphin", "otter", "seal", "whale"] in blocks
-
-
-@pytest.mark.parametrize(("tasks", "want"), [(4, [2, 2, 1, 1]), (5, [2, 1, 1, 1, 1]), (6, [1] * 6)])
-def test_tasks_share_out_the_classes(folder, tmp_path, tasks, want):
-    data = ham.load_data(ham.resolve(config(folder, tmp_path, tasks=tasks)))
-    assert [len(t) for t in data.tasks] == want
-    assert [c for t in data.tasks for c in t] == list(range(CLASSES))
+def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
+    assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
+    assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
+    with pytest.raises(ham.InputError, match="--tasks 4: 6 classes, and a task needs two"):
+        loaded(folder, tmp_path, tasks=4)
 
 
 @pytest.mark.parametrize("validate", [False, True])
 def test_no_test_image_is_trained_on(folder, tmp_path, validate):
-    c = ham.resolve(config(folder, tmp_path, validate=validate, images_per_class=5))
-    data = ham.load_data(c)
-    c = dataclasses.replace(c, images_per_class=None, test_images_per_class=None, validate=False)
-    whole = ham.load_data(c)
-    for position, (train, test) in enumerate(zip(data.train, data.test)):
-        assert data.names[position] == f"class{data.order[position]}"
-        assert train.tolist() == whole.train[position][:5].tolist()
-        want = whole.train[position][-3:] if validate else whole.test[position]
-        assert test.tolist() == want.tolist()
-    every = torch.cat(whole.train + whole.test).tolist()
-    assert sorted(every) == list(range(CLASSES * (TRAIN + TEST)))
+    """Caps count in file order; --validate sets aside the last 3 of 10 training images."""
+    caps = {"images_per_class": 5, "test_images_per_class": 3}
+    whole = loaded(folder, tmp_path)
+    part = loaded(folder, tmp_path, validate=validate, **caps)
+    assert whole.names == part.names
+    for c in range(CLASSES):
+        train, test = (whole.images(side, [c])[0] for side in ("train", "test"))
+        assert torch.equal(part.images("train", [c])[0], train[:5])
+        assert torch.equal(part.images("test", [c])[0], train[-3:] if validate else test[:3])
+    images, labels = whole.images("train", whole.tasks[1])
+    assert labels.tolist() == [2] * TRAIN + [3] * TRAIN
+    assert torch.equal(images, whole.pixels["train"][2 * TRAIN : 4 * TRAIN])
+    every = torch.cat([*whole.pixels.values()]).flatten(1)
+    assert len(every.unique(dim=0)) == CLASSES * (TRAIN + TEST)
 
 
-def test_decoding_is_timms_transform_and_is_cached(folder, tmp_path):
-    c = ham.resolve(config(folder, tmp_path))
-    data = ham.load_data(c)
-    cfg = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic"}
-    transform = timm.data.create_transform(32, crop_pct=c.crop_pct, **cfg)
-    image = Image.open(folder / "train" / "class2" / "3.png")
-    want = (255 * transform(image)).round()
-    assert torch.equal(data.pixels[2 * TRAIN + 3].float(), want)
-    files = list((folder / "cache").iterdir())
-    ham.load_data(c)
-    assert list((folder / "cache").iterdir()) == files and not list(folder.rglob("*.part"))
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_decoding_is_timms_transform(folder, crop_mode):
+    cfg = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic", "crop_mode": crop_mode}
+    cfg |= {"input_size": (3, 32, 32), "crop_pct": 0.9}
+    file = folder / "train" / "class2" / "3.png"
+    want = (255 * timm.data.create_transform(**cfg)(Image.open(file))).round()
+    assert torch.equal(ham.decode([file], None, cfg)[0].float(), want)
 
 
-@pytest.mark.parametrize(("size", "crop_pct"), [(160, 1.0), (160, 0.9), (224, 1.0), (24, 0.9)])
-def test_batched_resizing_matches_timms_transform(size, crop_pct, record_property):
+@pytest.mark.parametrize("size", [160, 224, 24])
+def test_batched_resizing_matches_timms_transform(size):
     """Greatest and mean difference in grey levels, PIL rounding twice and we once."""
-    pixels = demo.draw(np.random.RandomState(0), "red striped star", 8)
-    norm = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bicubic"}
-    transform = timm.data.create_transform(size, crop_pct=crop_pct, **norm)
-    want = torch.stack([transform(Image.fromarray(x.transpose(1, 2, 0))) for x in pixels])
-    got = ham.prepare(torch.from_numpy(pixels), size, crop_pct, **norm)
+    pixels = demo.draw(np.random.default_rng(0), "red striped star", 8)
+    cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bicubic"}
+    cfg["input_size"] = (3, size, size)
+    transform = timm.data.create_transform(crop_pct=1.0, **cfg)
+    want = torch.stack([transform(Image.fromarray(x)) for x in pixels])
+    small = ham.decode([*pixels], 32, cfg)
+    got = ham.Data({}, {}, [], [], cfg, "cpu").prepare(small)
     difference = 255 * (got - want).abs()
     print(f"{size} px: greatest {difference.max():.2f}, mean {difference.mean():.3f} grey levels")
     assert difference.max() < 2.01 and difference.mean() < 0.2
-    plain = F.interpolate(torch.from_numpy(pixels).float(), size=size, mode="bicubic") / 255
-    if size > 32 and crop_pct == 1:  # the other cubic kernel would be far off
+    plain = F.interpolate(small.float(), size=size, mode="bicubic") / 255
+    if size > 32:  # the other cubic kernel would be far off
         assert 255 * (plain - want).abs().max() > 10
 
 
-def test_norm_unit_leaves_pixels_in_0_1(folder, tmp_path):
-    data = ham.load_data(ham.resolve(config(folder, tmp_path, norm="unit")))
-    x = data.batch(torch.tensor([0, 1]), "cpu", flip=torch.tensor([True, False]))
-    want = data.pixels[:2] / 255
-    torch.testing.assert_close(x, torch.stack([want[0].flip(-1), want[1]]))
+def test_flip_and_normalise():
+    cfg = {"mean": (0.5, 0.25, 0.0), "std": (0.5, 1.0, 2.0), "input_size": (3, 4, 4)}
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    got = ham.Data({}, {}, [], [], cfg, "cpu").prepare(pixels, torch.tensor([True, False]))
+    x = torch.stack([pixels[0].flip(-1), pixels[1]]) / 255
+    want = [(x[:, i] - cfg["mean"][i]) / cfg["std"][i] for i in range(3)]
+    torch.testing.assert_close(got, torch.stack(want, 1))
 
 
 def test_class_means():
@@ -611,13 +642,12 @@ def test_class_means():
 
 def test_class_means_are_taken_after_the_merge(folder, tmp_path):
     """The saved model's head: the last task's rows are class means under the folded weights."""
-    vit, method, data, results = trained(folder, tmp_path, tau=-1.0, tasks=2, epochs=4)
-    images, labels = data.images("train", data.tasks[1])
-    with torch.no_grad():
-        f = functional_call(vit, method.folded(), data.batch(images, "cpu"))
-    want = ham.class_means(f, labels, data.tasks[1])
+    vit, method, data, results = trained(folder, tmp_path, tau=-1.0, epochs=4)
+    own = data.labels["train"] >= data.tasks[-1][0]
+    f = features(vit, method.folded(), data, "train")[own]
+    want = ham.class_means(f, data.labels["train"][own], data.tasks[-1])
     (file,) = Path(results["config"]["out"]).rglob("model.safetensors")
-    got = load_file(file)["head.weight"][list(data.tasks[1])]
+    got = load_file(file)["head.weight"][list(data.tasks[-1])]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -666,7 +696,7 @@ def tiny_imagenet():
         name = f"{root}/train/{WNIDS[label]}/images/{WNIDS[label]}_{i}.JPEG"
         members[name] = picture(label, i, size=(64, 64))
     for i in range(8):  # one class after the other
-        members[f"{root}/val/images/val_{i}.JPEG"] = picture(i % 4, i, size=(64, 64))
+        members[f"{root}/val/images/val_{i}.JPEG"] = picture(i % 4, 9 + i, size=(64, 64))
         annotations += f"val_{i}.JPEG\t{WNIDS[i % 4]}\t0\t0\t63\t63\n"
     members[f"{root}/val/val_annotations.txt"] = annotations.encode()
     return "tiny-imagenet-200.zip", members
@@ -708,13 +738,12 @@ def publish(monkeypatch, tmp_path):
     """Write a data set's archive, and its facts into ham.py. -> function: the archive"""
 
     def put(layout, folder, change=lambda members: members):
-        name, members = layout()
+        (name, members), own = layout(), layout.__name__
         archive, members = folder / name, change(members)
         archive.parent.mkdir(exist_ok=True)
         pack(archive, members)
-        monkeypatch.setitem(ham.MD5, layout.__name__, md5(archive.read_bytes()))
-        monkeypatch.setitem(ham.ARCHIVES, layout.__name__, f"http://127.0.0.1:9/{name}")  # nobody
-        monkeypatch.setitem(ham.IMAGES, layout.__name__, (20, 8))
+        monkeypatch.setitem(ham.FACTS, own, (md5(archive.read_bytes()), 20, 8))
+        monkeypatch.setitem(ham.ARCHIVES, own, f"http://127.0.0.1:9/{name}")  # nobody there
         if layout is cifar100:
             sums = {k.split("/")[1]: md5(x) for k, x in members.items()}
             monkeypatch.setattr(ham.CIFAR100, "train_list", [["train", sums.get("train")]])
@@ -722,38 +751,38 @@ def publish(monkeypatch, tmp_path):
             monkeypatch.setattr(ham.CIFAR100, "meta", ham.CIFAR100.meta | {"md5": sums.get("meta")})
         return archive
 
-    listed = tmp_path / "listed.txt"
+    listed = tmp_path / "imagenet_r_test.txt"  # beside ham.py, as far as that knows
     listed.write_text("".join(f"{wnid}/art_{i}.jpg\n" for wnid in WNIDS for i in (0, 3)))
-    whole = ham.split_file
-
-    def short(config):
-        own = config.dataset == "imagenet_r" and not config.split_file
-        return listed if own else whole(config)
-
-    monkeypatch.setattr(ham, "split_file", short)
+    monkeypatch.setattr(ham, "__file__", str(tmp_path / "ham.py"))
     return put
 
 
-def layout_config(layout, data_dir, **settings):
-    values = {"dataset": layout.__name__, "data_dir": str(data_dir), "tasks": 2, "img_size": 32}
-    return ham.resolve(ham.Config(**(values | {"model": "test_vit", "device": "cpu"} | settings)))
+def load_layout(layout, data_dir):
+    values = {"data_dir": str(data_dir), "tasks": 2, "class_order": "natural", "device": "cpu"}
+    c = ham.resolve(ham.Config(dataset=layout.__name__, model="test_vit", img_size=32, **values))
+    vit = timm.create_model("test_vit", img_size=32, num_classes=0)
+    vit.pretrained_cfg = vit.pretrained_cfg | {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    return ham.load_data(c, vit)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_image_has_its_label_and_side(layout, publish, tmp_path):
     publish(layout, tmp_path)
-    c = layout_config(layout, tmp_path, class_order="natural")
-    data = ham.load_data(c)
-    assert [len(rows) for rows in data.train + data.test] == [5] * 4 + [2] * 4
-    assert sorted(torch.cat(data.train + data.test).tolist()) == list(range(28))
+    data = load_layout(layout, tmp_path)
+    assert [len(data.images(part, [c])[0]) for part in PER_CLASS for c in range(4)] == [5] * 4 + [
+        2
+    ] * 4
     assert [name.split(".")[-1] for name in data.names] == WNIDS
-    assert data.pixels.shape[1:] == (3, *[64 if layout is tiny_imagenet else 32] * 2)
-    for label in range(4 * (layout is not cifar100)):
+    every = torch.cat([*data.pixels.values()])
+    assert every.shape[1:] == (3, *[64 if layout is tiny_imagenet else 32] * 2)
+    assert len(every.flatten(1).unique(dim=0)) == 28
+    for label, part in itertools.product(range(4 * (layout is not cifar100)), PER_CLASS):
         want = 128 + 100 * np.cos(label + np.array([0, 2, 4])) + 9.5
-        for row in torch.cat([data.train[label], data.test[label]]):
-            assert np.abs(data.pixels[row].float().mean((1, 2)).numpy() - want).max() < 8
+        for image in data.images(part, [label])[0]:
+            assert np.abs(image.float().mean((1, 2)).numpy() - want).max() < 8
     assert not list(tmp_path.rglob("*.part"))
-    assert torch.equal(ham.load_data(c).pixels, data.pixels)  # from the folder and the cache
+    again = load_layout(layout, tmp_path)  # from the folder
+    assert torch.equal(again.pixels["train"], data.pixels["train"])
 
 
 @contextlib.contextmanager
@@ -766,45 +795,23 @@ def served(archive):
         server.shutdown()
 
 
-def test_an_archive_is_downloaded_checked_and_unpacked_once(publish, tmp_path, monkeypatch):
-    with served(publish(cub200, tmp_path / "www")) as address:
-        monkeypatch.setitem(ham.ARCHIVES, "cub200", address)
-        first = ham.load_data(layout_config(cub200, tmp_path / "data"))
-    assert torch.equal(ham.load_data(layout_config(cub200, tmp_path / "data")).pixels, first.pixels)
-    assert {x.name for x in (tmp_path / "data").iterdir()} >= {"CUB_200_2011", "cache"}
-
-
-def test_two_runs_that_start_at_once_unpack_and_decode_once(publish, tmp_path, monkeypatch):
-    publish(cub200, tmp_path)
-    unpacked, real = [], ham.utils.extract_archive
-    extract = lambda *x: (unpacked.append(1), time.sleep(0.5), real(*x))
-    monkeypatch.setattr(ham.utils, "extract_archive", extract)
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(ham.load_data, layout_config(cub200, tmp_path)) for _ in range(2)]
-        first, second = (x.result() for x in both)
-    assert unpacked == [1] and torch.equal(first.pixels, second.pixels)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_wrong_archive_or_an_empty_folder_is_named(layout, publish, tmp_path, monkeypatch):
-    archive, cure = (
-        publish(layout, tmp_path / "www"),
-        r"made of .*md5 [0-9a-f]{32}.*comes from http",
-    )
-    whole, root = archive.read_bytes(), tmp_path / archive.name.split(".")[0]
+def test_an_archive_is_downloaded_checked_and_unpacked(layout, publish, tmp_path, monkeypatch):
+    archive, cure = publish(layout, tmp_path / "www"), "http.*belongs into .*move away"
+    whole, root = archive.read_bytes(), tmp_path / "data" / archive.name.split(".")[0]
     with served(archive) as address:
         monkeypatch.setitem(ham.ARCHIVES, layout.__name__, address)
         for wrong in (whole[:-7], b"<html>", whole[:100] + bytes(10) + whole[110:]):
             archive.write_bytes(wrong)
             with pytest.raises(ham.InputError, match=f"(?i)corrupted.*{cure}"):
-                ham.load_data(layout_config(layout, tmp_path))
+                load_layout(layout, tmp_path / "data")
             assert not root.exists()
         archive.write_bytes(whole)  # what is there and not whole is downloaded again
-        assert len(ham.load_data(layout_config(layout, tmp_path)).names) == 4
+        assert len(load_layout(layout, tmp_path / "data").names) == 4
     shutil.rmtree(root)
     root.mkdir()
     with pytest.raises(ham.InputError, match=cure):
-        ham.load_data(layout_config(layout, tmp_path))
+        load_layout(layout, tmp_path / "data")
 
 
 def lacks(part):
@@ -817,7 +824,7 @@ def lacks(part):
         (cub200, lacks("bird_3.jpg"), "bird_3.jpg"),
         (cub200, lacks("classes.txt"), "classes.txt"),
         (cub200, lambda m: m | {"CUB_200_2011/train_test_split.txt": b"1 1\n2 0\n"}, "instead of"),
-        (imagenet_r, lacks(f"{WNIDS[1]}/"), f"2 of .*listed.txt are not there: .*{WNIDS[1]}/art_0"),
+        (imagenet_r, lacks(f"{WNIDS[1]}/"), r"\(15, 6\) training and test images instead of"),
         (imagenet_r, lacks("art_1.jpg"), r"\(16, 8\) training and test images instead of"),
         (tiny_imagenet, lacks(f"train/{WNIDS[1]}/"), WNIDS[1]),
         (tiny_imagenet, lacks("_1.JPEG"), r"\(16, 8\) training and test images instead of"),
@@ -827,17 +834,65 @@ def lacks(part):
 )
 def test_what_is_missing_is_named(layout, change, says, publish, tmp_path):
     publish(layout, tmp_path, change)
-    with pytest.raises(ham.InputError, match=f"{says}.*comes from http"):
-        ham.load_data(layout_config(layout, tmp_path))
-    assert not list(tmp_path.rglob("*.npy"))
+    with pytest.raises(ham.InputError, match=says):
+        load_layout(layout, tmp_path)
 
 
 def test_shipped_imagenet_r_split_is_the_public_one():
-    file = ham.split_file(ham.Config(dataset="imagenet_r"))
+    file = ROOT / "extras" / "imagenet_r_test.txt"
     lines = file.read_text("utf-8").split()
     assert len(lines) == 6000 and lines == sorted(lines) and len({x[:9] for x in lines}) == 200
     want = "524a3ebf6dac30228a30387443c2c30a21c483b6d0d3c57768f74edd60cfecc3"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == want
+
+
+def linked(root, names, image):
+    """One image under many names; a file system has at most some 65,000 links to one file."""
+    for folder in {Path(name).parent for name in names}:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        if i % 30_000:
+            os.link(root / names[i - i % 30_000], root / name)
+        else:
+            (root / name).write_bytes(image)
+
+
+@pytest.mark.skipif(not hasattr(os, "link"), reason="no hard links")
+def test_imagenet_r_whole_from_the_command_line(folder, tmp_path):
+    """All 6,000 listed names and 24,000 others; one too few is refused."""
+    tests = (ROOT / "extras" / "imagenet_r_test.txt").read_text("utf-8").split()
+    wnids = sorted({name[:9] for name in tests})
+    others = [f"{wnid}/other_{i}.jpg" for wnid in wnids for i in range(120)]
+    linked(tmp_path / "imagenet-r", tests + others, picture(0))
+    command = ["--dataset", "imagenet_r", "--tasks", 20, "--epochs", 1, "--images-per-class", 2]
+    command += ["--test-images-per-class", 1, "--data-dir", tmp_path, "--out", tmp_path]
+    command += ["--model", "test_vit", "--weights", folder / "vit.safetensors", "--img-size", 32]
+    done = cli(*command, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "imagenet_r-T20-ham-s1993" / "results.json").read_text())
+    order = np.random.RandomState(1993).permutation(200)
+    assert results["classes"] == [wnids[x] for x in order]
+    assert results["test_images_per_task"] == [10] * 20
+    (tmp_path / "imagenet-r" / others[0]).unlink()
+    c = ham.Config(dataset="imagenet_r", data_dir=str(tmp_path))
+    with pytest.raises(ham.InputError, match=r"\(23999, 6000\) .* instead of \(24000, 6000\)"):
+        ham.load_data(c, timm.create_model("test_vit"))
+
+
+@pytest.mark.skipif(not hasattr(os, "link"), reason="no hard links")
+def test_tiny_imagenet_whole(tmp_path):
+    """100,000 training images, and 10,000 that val_annotations.txt gives a class."""
+    root, wnids = tmp_path / "tiny-imagenet-200", [f"n{i:08}" for i in range(200)]
+    train = [f"train/{w}/images/{w}_{i}.JPEG" for w in wnids for i in range(500)]
+    val = [f"val/images/val_{i}.JPEG" for i in range(10_000)]
+    linked(root, train + val, picture(0, size=(64, 64)))
+    lines = "".join(f"val_{i}.JPEG\t{wnids[i % 200]}\t0\t0\t63\t63\n" for i in range(10_000))
+    (root / "val" / "val_annotations.txt").write_text(lines)
+    files, labels, tests, names = ham.read("tiny_imagenet", tmp_path)
+    assert (sum(~tests), sum(tests)) == ham.FACTS["tiny_imagenet"][1:] and names == wnids
+    for file, label, test in list(zip(files, labels, tests))[::777]:
+        name = Path(file).stem
+        assert names[label] == (wnids[int(name[4:]) % 200] if test else name.split("_")[0])
 
 
 def test_odd_image_files(tmp_path):
@@ -849,10 +904,8 @@ def test_odd_image_files(tmp_path):
     files["turned.jpg"] = picture(1, exif=exif, quality=95)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    c = layout_config(cub200, tmp_path, crop_pct=1.0)
-    rgb, grey, palette, cmyk, turned = ham.decode(
-        [tmp_path / x for x in files], tmp_path, c
-    ).float()
+    cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
+    rgb, grey, palette, cmyk, turned = ham.decode([tmp_path / x for x in files], None, cfg).float()
     want = torch.from_numpy(np.array(Image.open(tmp_path / "rgb.png").convert("L")))
     assert (grey - want[None, :, 4:36]).abs().mean() < 2 and torch.equal(grey[0], grey[2])
     assert (palette - rgb).abs().mean() < 12 and (cmyk - rgb).abs().mean() < 8
@@ -860,41 +913,10 @@ def test_odd_image_files(tmp_path):
     assert (turned - torch.from_numpy(upright[4:36, ::-1].copy()).permute(2, 0, 1)).abs().mean() < 1
 
 
-def test_16_bit_images_a_read_only_folder_and_a_broken_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(ham.tempfile, "tempdir", str(tmp_path))
+def test_images_of_16_bits_are_refused(tmp_path):
     Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "deep.png")
-    (tmp_path / "rgb.png").write_bytes(picture(1, kind="PNG"))
-    (tmp_path / "file").write_text("")  # no folder can be made below it
-    c = layout_config(cub200, tmp_path / "file")
-    with pytest.raises(ValueError, match="deep.png .*8 bit"):
-        ham.decode([tmp_path / "deep.png"], tmp_path, c)
-    ham.decode([tmp_path / "rgb.png"], tmp_path, c)
-    (cache,) = (tmp_path / "ham-cache").glob("*.npy")
-    cache.write_bytes(cache.read_bytes()[:500])
-    with pytest.raises(ValueError, match="is broken .*delete it"):
-        ham.decode([tmp_path / "rgb.png"], tmp_path, c)
-
-
-def test_a_model_without_attention_blocks_is_named(tmp_path):
-    c = dataclasses.replace(layout_config(cub200, tmp_path), model="resnet18", weights="x")
-    with pytest.raises(ham.InputError, match="resnet18"):
-        ham.build_vit(c)
-
-
-def test_the_cache_knows_what_went_into_it(publish, tmp_path):
-    publish(cub200, tmp_path)
-
-    def caches(**settings):
-        ham.load_data(layout_config(cub200, tmp_path, **settings))
-        return len(list(tmp_path.rglob("*.npy")))
-
-    assert [caches(), caches(norm="unit"), caches(seed=1)] == [1, 1, 1]
-    assert [caches(img_size=48), caches(crop_pct=0.8)] == [2, 3]
-    image = next((tmp_path / "CUB_200_2011").rglob("*.jpg"))
-    os.utime(image, (1, 1))  # another picture of the same name and size is other data
-    assert caches() == 4
-    image.write_bytes(image.read_bytes() + b" ")
-    assert caches() == 5
+    with pytest.raises(ham.InputError, match="deep.png .*8 bit"):
+        ham.decode([tmp_path / "deep.png"], 32, {"interpolation": "bicubic"})
 
 
 # --------------------------------------------------------------------------------------- Measures
@@ -923,44 +945,54 @@ def test_measures_of_one_task():
 def test_accuracies_by_hand():
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 5, 2], [0, 9, 1, 2], [0, 0, 7, 1]])
     labels = torch.tensor([0, 1, 3, 3])  # tasks {0, 1}, {2, 3}
-    per_task, known = ham.accuracies(logits, labels, [range(2), range(2, 4)])
+    per_task = ham.accuracies(logits, labels, [range(2), range(2, 4)])
     assert per_task == [50.0, 0.0]  # right; 2 instead of 1; 1 instead of 3; 2 instead of 3
-    assert known == 75.0  # with the task known, only the last is wrong
 
 
 # ------------------------------------------------------------------------------------- Whole runs
 
-KEYS = """config class_order tasks accuracy_matrix final_accuracy average_incremental_accuracy
-forgetting backward_transfer learning_accuracy task_known_accuracy head_accuracy class_mean_accuracy
-class_mean_oracle parameters_trained parameters_stored seconds images_per_second versions hardware
-peak_memory_bytes ham_sha256"""
+KEYS = """config classes tasks accuracy_matrix final_accuracy average_incremental_accuracy
+forgetting backward_transfer learning_accuracy parameters_stored versions hardware ham_sha256
+test_images_per_task"""
 
 
-def test_run_writes_what_the_contract_says_and_load_gives_the_model(folder, tmp_path):
-    c = config(folder, tmp_path)
-    results = ham.run(c)
-    run_folder = tmp_path / f"{folder.name}-T3-ham-s1993"
-    assert json.loads((run_folder / "results.json").read_text()) == results
-    assert set(KEYS.split()) <= set(results)
+def test_results_are_what_the_contract_says(finished):
+    _, method, _, results = finished
+    (file,) = Path(results["config"]["out"]).rglob("results.json")
+    assert json.loads(file.read_text()) == results and set(KEYS.split()) <= set(results)
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3]
     for record in results["tasks"]:
-        assert {"accuracy", "forgetting", "alpha", "alpha_groups", "group", "similarities"} <= set(
-            record
-        )
-    want = ham.accuracy_so_far(results["accuracy_matrix"][-1], [2 * TEST] * 3)
-    assert results["final_accuracy"] == results["class_mean_accuracy"] == pytest.approx(want)
+        assert {"accuracy", "forgetting", "alpha", "alpha_groups", "similarities"} <= set(record)
+    assert results["final_accuracy"] == pytest.approx(np.mean(results["accuracy_matrix"][-1]))
+    sizes = [
+        x for g in method.groups for u in g.delta_w.values() for x in ham.flat({"": u}) * 0 + 1
+    ]
+    dense = sum(isinstance(u, torch.Tensor) for g in method.groups for u in g.delta_w.values())
+    factors = sum(x.numel() for g in method.groups for u in g.delta_w.values() for x in u)
+    assert sizes and not dense and results["parameters_stored"] == factors + CLASSES * 64
+    assert results["ham_sha256"] == hashlib.sha256((ROOT / "ham.py").read_bytes()).hexdigest()
 
 
-def test_a_finished_run_is_a_timm_model(folder, tmp_path):
+def test_the_matrix_is_of_all_classes_seen_and_of_test_images(finished):
+    """The last row once more from the saved model alone."""
+    vit, method, data, results = finished
+    (file,) = Path(results["config"]["out"]).rglob("model.safetensors")
+    f = F.normalize(features(vit, method.folded(), data), dim=1)
+    right = (f @ load_file(file)["head.weight"].T).argmax(1) == data.labels["test"]
+    row = [100 * right.view(3, -1)[t].double().mean().item() for t in range(3)]
+    assert results["accuracy_matrix"][-1] == pytest.approx(row, abs=100 / len(right) + 1e-9)
+
+
+def test_a_finished_run_is_a_timm_model(folder, finished):
     """Read in a fresh process that knows nothing of this project: its predictions are the run's."""
-    results = ham.run(config(folder, tmp_path))
-    run_folder = tmp_path / f"{folder.name}-T3-ham-s1993"
+    results = finished[-1]
+    (file,) = Path(results["config"]["out"]).rglob("results.json")
     code = f"""
 import json, pathlib, sys, timm, torch
 from PIL import Image
-model = timm.create_model("local-dir:{run_folder.as_posix()}", pretrained=True).eval()
+model = timm.create_model("local-dir:{file.parent.as_posix()}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-names = json.load(open("{run_folder.as_posix()}/config.json"))["label_names"]
+names = json.load(open("{file.parent.as_posix()}/config.json"))["label_names"]
 right = []
 for file in sorted(pathlib.Path("{folder.as_posix()}/test").rglob("*.png")):
     logits = model(transform(Image.open(file).convert("RGB"))[None])
@@ -968,116 +1000,116 @@ for file in sorted(pathlib.Path("{folder.as_posix()}/test").rglob("*.png")):
 assert not any("ham" == name or name.startswith("extras") for name in sys.modules)
 print(100 * sum(right) / len(right))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(results["final_accuracy"])
-    left = {f.name for f in run_folder.iterdir()} - {".lock"}
+    left = {f.name for f in file.parent.iterdir()}
     assert left == {"results.json", "config.json", "model.safetensors", "state.pt"}
 
 
 def test_read_out_head_uses_the_trained_rows(folder, tmp_path):
-    results = ham.run(config(folder, tmp_path, read_out="head"))
-    assert results["final_accuracy"] == results["head_accuracy"]
+    *_, results = trained(folder, tmp_path, read_out="head", tasks=1)
+    (file,) = Path(results["config"]["out"]).rglob("state.pt")
+    rows = torch.load(file, weights_only=True)["class_rows"]
+    saved = load_file(file.with_name("model.safetensors"))["head.weight"]
+    torch.testing.assert_close(saved, F.normalize(rows["head"], dim=1))
+    assert not torch.allclose(saved, rows["class-mean"], atol=1e-3)
+
+
+def test_model_computes_in_bf16_where_asked(finished):
+    """bf16 moves features, by its own precision, and by no more."""
+    vit, method, data, _ = finished
+    x = data.prepare(data.pixels["test"])
+    exact, rounded = (
+        ham.forward(vit, method.folded(), x, dataclasses.replace(method.config, precision=p))
+        for p in ("fp32", "bf16")
+    )
+    assert exact.dtype == rounded.dtype == torch.float32
+    off = (exact - rounded).norm() / exact.norm()
+    assert 1e-4 < off < 0.1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_weights_and_features_stay_fp32(folder, tmp_path, precision):
     """A share of 1/20 of a small update is below bf16's step at W0's size: it must not be lost."""
     vit, method, data, _ = trained(folder, tmp_path, precision=precision, epochs=1)
-    tensors = [*method.stored(), *method.folded().values()]
+    tensors = [x for g in method.groups for u in g.delta_w.values() for x in u]
+    tensors += [*method.folded().values()]
     tensors += ham.extract(vit, method.folded(), data, "test", range(2), method.config)[:1]
     assert {x.dtype for x in tensors} == {torch.float32}
 
 
-def test_the_same_command_twice_gives_the_same_figures(folder, tmp_path):
-    got = []
-    for out in ("first", "second"):
-        done = cli(*flags(config(folder, tmp_path / out)))
-        assert done.returncode == 0, done.stderr
-        assert "%|" not in done.stderr + done.stdout  # not on a terminal: lines, no bar
-        file = tmp_path / out / f"{folder.name}-T3-ham-s1993" / "results.json"
-        got.append(json.loads(file.read_text()))
-    for key in ("accuracy_matrix", "class_order", "class_mean_oracle", "head_accuracy"):
-        assert got[0][key] == got[1][key]
-    losses = [[t["loss"] for t in r["tasks"]] for r in got]
-    assert losses[0] == losses[1]
+def test_the_command_gives_the_figures_of_the_function_and_few_lines(folder, finished, tmp_path):
+    *_, results = finished
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONIOENCODING": "ascii"}
+    command = flags(config(folder, tmp_path, lr=1e-3))
+    done = cli(*command, env=os.environ | threads)
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr + done.stdout  # not on a terminal: lines, no bar
+    (file,) = tmp_path.rglob("results.json")
+    again = json.loads(file.read_text())
+    assert again["accuracy_matrix"] == results["accuracy_matrix"]
+    assert [t["loss"] for t in again["tasks"]] == [t["loss"] for t in results["tasks"]]
     lines = done.stdout.splitlines()
-    assert len([x for x in lines if re.match(r"task .*accuracy.*forgetting.*α.*left", x)]) == 3
-    assert max(len(x) for x in lines if x.startswith("task ")) <= 80
+    assert len([x for x in lines if re.match("task .*accuracy.*forgetting.*groups", x)]) == 3
+    assert "mean (0.5, 0.5, 0.5)" in done.stdout and "test_vit.r160_in1k" in done.stdout
+    assert max(len(x) for x in lines if "/tmp" not in x and str(tmp_path)[:9] not in x) <= 100
 
 
 def contents(out):
     """What a run's folder holds, less what tells one run of the same settings from another."""
     (file,) = Path(out).rglob("results.json")
     r = json.loads(file.read_text())
-    tasks = [{k: x for k, x in t.items() if k[:6] not in ("second", "images")} for t in r["tasks"]]
-    same = r["accuracy_matrix"], tasks, r["class_mean_oracle"], r["parameters_stored"]
+    tasks = [{k: x for k, x in t.items() if k != "seconds"} for t in r["tasks"]]
     state = torch.load(file.with_name("state.pt"), weights_only=True)
-    return same, file.with_name("model.safetensors").read_bytes(), state["method"], state["matrix"]
+    same = r["accuracy_matrix"], tasks, r["parameters_stored"], str(state["method"])
+    return same, file.with_name("model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"grouping": "random", "g_max": 2, "tau": 1.0},
+        {"g_max": 1, "tau": 1.0},
         {"method": "sequential"},
         {"method": "average", "read_out": "head"},
         {"method": "frozen"},
     ],
 )
-@pytest.mark.parametrize("after", [0, 2, 5])
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    folder, tmp_path, monkeypatch, capsys, settings, after
-):
-    settings = settings | {"tasks": 5, "epochs": 1}
+def test_a_stopped_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys, settings):
+    """Stopped in each task, before it is written, and before the model is."""
+    settings = settings | {"epochs": 1, "lr": 1e-3}
     ham.run(config(folder, tmp_path / "whole", **settings))
-    whole = contents(tmp_path / "whole")
-    task = iter(range(9))
+    real = {name: getattr(ham, name) for name in ("accuracies", "save")}
+    for turn in range(3):
+        name, ran = "save" if turn == 2 else "accuracies", itertools.count()
 
-    def stop(*_):
-        if next(task) == after:
-            raise KeyboardInterrupt
+        def stop(*arguments, name=name, ran=ran):
+            if name == "save" or next(ran):  # one task, then the next is stopped
+                raise KeyboardInterrupt
+            return real[name](*arguments)
 
-    with monkeypatch.context() as patch:  # after the last task: before the results are there
-        patch.setattr(ham, "summary" if after == 5 else "evaluate", interrupted(ham, after, stop))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ham, name, stop)
             ham.run(config(folder, tmp_path / "parts", **settings))
-    assert not list((tmp_path / "parts").rglob("results.json"))
+        assert not list((tmp_path / "parts").rglob("results.json"))
+    assert "2 of 3 tasks are learnt" in capsys.readouterr().out
     ham.run(config(folder, tmp_path / "parts", **settings))
-    assert after == 0 or f"{after} tasks are learnt, going on" in capsys.readouterr().out
-    parts = contents(tmp_path / "parts")
-    assert parts[:2] == whole[:2] and parts[3] == whole[3]
-    assert str(parts[2]) == str(whole[2])
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def interrupted(module, after, stop):
-    """`evaluate`, or at the end `summary`, that is interrupted at its turn."""
-    real = module.summary if after == 5 else module.evaluate
-
-    def function(*arguments):
-        if after == 5:
-            raise KeyboardInterrupt
-        stop()
-        return real(*arguments)
-
-    return function
-
-
-def test_a_complete_run_is_not_run_again_and_restart_does(folder, tmp_path, capsys):
+def test_a_complete_run_is_not_run_again(folder, tmp_path, capsys):
     c = config(folder, tmp_path, method="frozen")
     first = ham.run(c)
     (file,) = tmp_path.rglob("results.json")
     before = file.stat().st_mtime_ns
-    assert ham.run(c) == first and "is complete" in capsys.readouterr().out
-    assert file.stat().st_mtime_ns == before
-    ham.run(dataclasses.replace(c, restart=True))
-    assert file.stat().st_mtime_ns != before
+    assert ham.run(c) == first and "3 of 3 tasks" in capsys.readouterr().out
+    file.with_name("state.pt").unlink()  # committed results have none
+    assert ham.run(c) == first and file.stat().st_mtime_ns == before
 
 
 def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
-    c = config(folder, tmp_path, method="sequential", epochs=1)
+    c = config(folder, tmp_path, method="frozen")
     ham.run(c)
     (file,) = tmp_path.rglob("results.json")
     before = file.read_bytes()
@@ -1085,72 +1117,51 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
     for change, named in (
         ({"images_per_class": 4}, "images_per_class"),
-        ({"images_per_class": 4, "restart": True}, "images_per_class"),
-        ({"weights": str(tmp_path / "other.safetensors")}, "weights_sha256"),
+        ({"weights": str(tmp_path / "other.safetensors")}, "weights"),
     ):
-        with pytest.raises(ham.InputError, match=f"other {named}.*--name"):
+        with pytest.raises(ham.InputError, match=f"other {named}: give a --name"):
             ham.run(dataclasses.replace(c, **change))
+    elsewhere = shutil.copy(folder / "vit.safetensors", tmp_path / "same.safetensors")
+    ham.run(dataclasses.replace(c, weights=elsewhere))
     assert file.read_bytes() == before
+    old = json.loads(before)
+    for key, there in {"gain": 5, "rank": None}.items():  # another program's; one that is missing
+        changed = {k: x for k, x in (old["config"] | {key: there}).items() if x is not None}
+        file.write_text(json.dumps(old | {"config": changed}))
+        if key == "gain":
+            with pytest.raises(ham.InputError, match="other gain"):
+                ham.run(c)
+        else:  # counts as its default, which is 8, not the 2 of this run
+            with pytest.raises(ham.InputError, match="other rank"):
+                ham.run(c)
+            ham.run(dataclasses.replace(c, rank=8))
     file.unlink()  # what is left is the state of a stopped run
-    with pytest.raises(ham.InputError, match="other images_per_class.*--name"):
+    with pytest.raises(ham.InputError, match="other images_per_class: give a --name"):
         ham.run(dataclasses.replace(c, images_per_class=4))
 
 
-def test_two_runs_in_one_folder_and_what_is_not_ours(folder, tmp_path):
-    c = config(folder, tmp_path, method="frozen")
-    lr = ham.resolve(c)
-    with ham.result_folder(lr) as used, pytest.raises(ham.InputError, match="another run"):
-        ham.run(c)
-    for name, text in (("results.json", ""), ("results.json", "[1, 2"), ("state.pt", "no state")):
-        (used / name).write_text(text)
-        with pytest.raises(ham.InputError, match="broken file, or another program's.*move it away"):
-            ham.run(c)
-        assert (used / name).read_text() == text
-        (used / name).unlink()
-    assert ham.run(c)["final_accuracy"] > 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
-def test_a_run_that_is_killed_goes_on(folder, tmp_path, number, status):
-    if signal.getsignal(number) == signal.SIG_IGN:
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
+def test_a_run_that_is_interrupted_says_how_to_go_on(folder, tmp_path):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         pytest.skip("started behind an &: the signal is ignored")
-    command = [*flags(config(folder, tmp_path, tasks=6, epochs=4))]
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "ham.py"), *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not run.stdout.readline().startswith("task"):
-        assert run.poll() is None
-    run.send_signal(number)
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == status and "Traceback" not in error, error
-    assert number == signal.SIGTERM or "the same command goes on" in error
-    done = cli(*command)
-    assert done.returncode == 0 and "tasks are learnt, going on" in done.stdout
+    command = [str(x) for x in flags(config(folder, tmp_path, epochs=20))]
+    command = [sys.executable, str(ROOT / "ham.py"), *command]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while not run.stdout.readline().startswith("task"):
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in error, error
+    assert "the same command goes on" in error and list(tmp_path.rglob("state.pt"))
 
 
-def test_output_fits_the_terminal():
-    for coding in ("ascii", "latin-1"):
-        done = cli("--help", env=os.environ | {"PYTHONIOENCODING": coding})
-        assert done.returncode == 0 and not done.stderr
-
-
-def test_settings_from_python_and_settings_that_are_ignored(folder, tmp_path, capsys):
-    c = config(folder, tmp_path, method="sequential", rho=np.float64(0.5), seed=np.int64(3))
-    c = dataclasses.replace(c, out=tmp_path, data_dir=folder, epochs=1)
-    results = ham.run(c)
-    assert results["config"]["seed"] == 3 and results["config"]["rho"] is None
-    assert "sequential ignores rho" in capsys.readouterr().out
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(folder, tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / ("x" * 300)):
-        done = cli(*flags(config(folder, out)))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "task" not in done.stdout
+def test_settings_from_python(folder, tmp_path):
+    c = config(folder, tmp_path, method="frozen", rho=np.float64(0.5), seed=np.int64(3))
+    results = ham.run(dataclasses.replace(c, out=tmp_path, data_dir=folder, rank=np.int64(4)))
+    assert results["config"]["seed"] == 3 and results["config"]["out"] == str(tmp_path)
+    assert json.loads(next(tmp_path.rglob("results.json")).read_text()) == results
 
 
 POSITIVE = "tasks images-per-class test-images-per-class img-size rank g-max epochs batch-size"
@@ -1160,60 +1171,58 @@ BAD = [
     for value in (0, -3)
 ]
 BAD += [(f"--{flag} 1.5", "invalid int value: '1.5'") for flag in POSITIVE.split()]
-RATES = "lr lr-alpha lr-head rho crop-pct"
+RATES = "lr lr-alpha lr-head rho"
 BAD += [
     (f"--{flag} {value}", f"--{flag} {value}: must be above 0")
     for flag in RATES.split()
-    for value in (0.0, -0.1, "inf", "nan")
+    for value in (0.0, -0.1, "nan")
 ]
 BAD += [(f"--{flag} much", "invalid float value: 'much'") for flag in [*RATES.split(), "tau"]]
-BAD += [
-    (f"--{flag} nothing", "must be one of")
-    for flag in ["norm", "method", "grouping", "merge", "read-out", "precision"]
-]
-BAD += [(f"--{flag} nowhere", "no such file") for flag in ("weights", "split-file", "class-order")]
+CHOICES = ["class-order", "method", "merge", "read-out", "precision"]
+BAD += [(f"--{flag} nothing", "invalid choice: 'nothing'") for flag in CHOICES]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         *BAD,
-        ("--rho 1.1", "--rho 1.1: must be above 0 and at most 1"),
-        ("--seed -1", "--seed -1: must be from 0"),
-        (f"--seed {2**32}", "must be from 0"),
+        ("--rho 1.1", "rho above 0 and at most 1"),
+        ("--seed -1", "--seed -1: must be above -1"),
         ("--tsks 3", "unrecognized arguments: --tsks 3"),
         ("--tasks", "expected one argument"),
         ("--validate yes", "unrecognized arguments: yes"),
-        ("--dataset nowhere --model test_vit", "{train,test}/CLASS"),
+        ("--dataset nowhere", "known are cifar100, "),
         ("--dataset cifar100 --model vit_huge", "vit_huge"),
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
-        (f"--dataset cub200 --split-file {ROOT / 'ham.py'}", "is for imagenet_r and folders"),
+        ("--dataset cifar100 --model resnet18 --weights x", "a timm ViT"),
+        ("--weights nowhere", "nowhere"),
         ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
         ("--layers ,", "qkv,proj,fc1,fc2"),
-        ("--img-size 33 --method ham", "--img-size 33"),
-        ("--device quantum", "--device quantum"),
-        ("--device cuda:77", "--device cuda:77"),
-        ("--tasks 31 --method frozen", "only 30 classes"),
-        ("--model deit_tiny_patch16_224.fb_in1k", "drop --model"),
-        (f"--method ham --name {'x' * 300}", "too long"),
+        ("--img-size 33", "33"),
+        ("--device quantum", "quantum"),
+        ("--device cuda:77", "cuda:77"),
+        ("--tasks 4 --method frozen", "6 classes"),
+        (f"--name {'x' * 300}", "too long"),
+        (f"--out {ROOT / 'ham.py'}", "ham.py"),
     ],
 )
-def test_a_bad_flag_gives_one_line_and_status_2(arguments, says, capsys, monkeypatch, tmp_path):
+def test_a_bad_flag_gives_one_line_and_status_2(arguments, says, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(demo, "pretrained", lambda *_: timm.create_model("test_vit", num_classes=0))
+    given = {"--dataset": folder, "--model": "test_vit", "--tasks": 3, "--device": "cpu"}
+    given |= {"--weights": folder / "vit.safetensors", "--img-size": 32, "--out": folder / "bad"}
+    given = [str(x) for k, v in given.items() if k not in arguments.split() for x in (k, v)]
     with pytest.raises(SystemExit) as stop:
-        ham.main([*arguments.split(), "--out", str(tmp_path)])
+        ham.main([*given, *arguments.split()])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize("method", ["ham", "sequential", "average", "joint", "frozen"])
+@pytest.mark.parametrize("method", ham.METHODS)
 def test_a_resolved_configuration_resolves_to_itself(folder, tmp_path, method):
-    for settings in ({}, {"read_out": "head"}):
+    for settings in ({}, {"read_out": "head", "rho": 0.5, "tau": 0.5, "train_alpha": True}):
         c = ham.resolve(config(folder, tmp_path, method=method, **settings))
-        assert ham.resolve(c) == c
-    c = ham.resolve(ham.Config(method=method, out=str(tmp_path)))
-    assert ham.resolve(c) == c
+        assert ham.resolve(c) == c and c.train_alpha == (method in ("ham", "frozen"))
+    assert c.tasks == (1 if method == "joint" else 3)
 
 
 def altered(folder, change):
@@ -1251,18 +1260,20 @@ def test_weights_without_or_with_another_head_are_the_same(folder, tmp_path):
 
 
 def test_unreadable_weights_and_images_are_named(folder, tmp_path):
-    with pytest.raises(ham.InputError, match="is it this model's file"):
+    with pytest.raises(ham.InputError, match="is it this model's"):
         ham.run(config(folder, tmp_path, model="vit_tiny_patch16_224"))
     (tmp_path / "bad.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(ham.InputError, match="is it this model's file"):
+    with pytest.raises(ham.InputError, match="is it this model's"):
         ham.run(config(folder, tmp_path, weights=str(tmp_path / "bad.safetensors")))
     bad = tmp_path / "bad"
-    for part in ("train", "test"):
-        (bad / part / "a").mkdir(parents=True)
-        (bad / part / "a" / "x.png").write_bytes(b"no image")
+    for part, label in itertools.product(("train", "test"), "ab"):
+        (bad / part / label).mkdir(parents=True)
+        (bad / part / label / "x.png").write_bytes(b"no image")
     with pytest.raises(ham.InputError, match=r"x\.png is not a readable image"):
-        ham.run(config(folder, tmp_path, dataset=str(bad), data_dir=str(tmp_path), tasks=1))
-    assert not list(tmp_path.rglob("*.npy"))
+        ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
+    (bad / "test" / "b").rename(bad / "test" / "c")
+    with pytest.raises(ham.InputError, match=r"in train or test only: \['b', 'c'\]; known are"):
+        ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
 
 
 def test_a_loss_that_explodes_is_named(folder, tmp_path):
@@ -1273,34 +1284,45 @@ def test_a_loss_that_explodes_is_named(folder, tmp_path):
 
 
 def test_ham_py_stands_alone(folder, tmp_path):
-    """Copied alone into an empty folder: it imports, prints its help, runs; the demo says why not."""
+    """Copied alone into an empty folder: it imports, prints its help, runs; the demo says why not.
+
+    Importing it starts no process and draws nothing.
+    """
     shutil.copy(ROOT / "ham.py", tmp_path)
-    out = tmp_path / "out"
-
-    def alone(*command):
-        command = [sys.executable, *map(str, command)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    assert alone("-c", "from ham import effective_weight, merge, prune").returncode == 0
-    assert "--rho" in alone("ham.py", "--help").stdout
-    assert alone("ham.py", *flags(config(folder, out, tasks=2))).returncode == 0
-    assert list(out.rglob("results.json"))
-    for arguments in ([], ["--method", "ham"]):
-        done = alone("ham.py", *arguments)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "extras" in done.stderr
+    code = f"""
+import random, subprocess, sys, numpy, torch, timm, torchvision
+subprocess.Popen = None
+before = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
+import ham
+from ham import effective_weight, merge, prune
+assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
+assert (before[1] == numpy.random.get_state()[1]).all() and "extras" not in sys.modules
+ham.main({[*map(str, flags(config(folder, tmp_path / "out", epochs=1)))]})
+for arguments in (["--help"], []):
+    try:
+        ham.main(arguments)
+    except SystemExit as stop:
+        print(stop.code)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and list((tmp_path / "out").rglob("results.json")), done.stderr
+    assert "--rho" in done.stdout and done.stdout.endswith("0\n2\n")
+    assert done.stderr.count("\n") == 1 and "the demo is extras/demo.py" in done.stderr
 
 
 def test_demo_as_a_user_runs_it(tmp_path):
-    done = cli("--seed", "0", "--images-per-class", "20", "--epochs", "1", "--out", tmp_path)
+    command = ["--tasks", 2, "--epochs", 1, "--images-per-class", 5, "--test-images-per-class", 2]
+    done = cli(*command, "--data-dir", tmp_path, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum(x.startswith("task") for x in lines) == 30
+    assert sum(x.startswith("task") for x in lines) == 6
     for method in ("ham", "sequential", "frozen"):
-        r = json.loads((tmp_path / f"demo-T10-{method}-s0/results.json").read_text())
-        assert 5 < r["final_accuracy"] < 90  # above chance (3.3 %), not trivial
+        r = json.loads((tmp_path / f"demo-T2-{method}-s1993/results.json").read_text())
+        assert 10 < r["final_accuracy"] < 90  # above chance (1 %), not trivial
         assert any(x.startswith(method) and f"{r['final_accuracy']:.1f}" in x for x in lines)
-    model = timm.create_model(f"local-dir:{tmp_path}/demo-T10-ham-s0", pretrained=True)
-    assert model.num_classes == 30
+    model = timm.create_model(f"local-dir:{tmp_path}/demo-T2-ham-s1993", pretrained=True)
+    assert model.num_classes == 100
 
 
 # -------------------------------------------------------------------- The files and what they say
@@ -1310,27 +1332,28 @@ def test_order_of_the_file():
     source = (ROOT / "ham.py").read_text(encoding="utf-8")
     lines, tree = source.splitlines(), ast.parse(source)
     imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    assert [x for x in imported if x.split(".")[0] == "extras"] == ["extras"]  # demo(), lazily
+    assert [x for x in imported if x.split(".")[0] == "extras"] == ["extras.demo"]  # lazily
     at = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    assert at["effective_weight"].lineno < 80 and at["HAM"].end_lineno < 300
-    assert max(map(len, lines)) <= 100
-    assert len(lines) <= 1142  # the contract says 900: this may only fall
+    assert at["effective_weight"].lineno < 80 and at["HAM"].end_lineno < 290
+    assert max(map(len, lines)) <= 100 and len(lines) <= 850 and "fmt:" not in source
     assert all(ast.get_docstring(n) for n in at.values())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 40
     assert (ROOT / "reproduce.ipynb").stat().st_size < 600_000
 
 
-def test_importing_starts_nothing_and_draws_nothing():
-    code = """
-import subprocess, random, numpy, torch, timm, torchvision
-subprocess.Popen = None
-before = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
-import ham
-assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
-assert (before[1] == numpy.random.get_state()[1]).all()
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_defaults_in_the_glossary_and_six_requirements():
+    c = ham.Config()
+    for row in (f"(r = {c.rank})", f"may be ({c.g_max})", f"a group ({c.tau})", f"keeps ({c.rho})"):
+        assert row in ham.__doc__
+    assert f"number of tasks ({c.tasks})" in ham.__doc__
+    names = re.findall("^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert sorted(names) == ["numpy", "pytest", "timm", "torch", "torchvision", "tqdm"]
+    tree = ast.parse((ROOT / "ham.py").read_text("utf-8"))
+    used = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    used |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+    used = {name.split(".")[0] for name in used} - set(sys.stdlib_module_names)
+    assert used == {"torch", "torchvision", "timm", "numpy", "tqdm", "PIL"}  # PIL: torchvision's
 
 
 def test_ruff_has_nothing_to_do():
@@ -1347,24 +1370,17 @@ def test_ruff_has_nothing_to_do():
         assert done.returncode == 0, done.stdout
 
 
-def test_inline_metadata_is_the_run_time_part_of_the_requirements():
-    block = re.search(r"# dependencies = \[(.*?)\]", (ROOT / "ham.py").read_text("utf-8"))[1]
-    inline = re.findall(r'"([a-z]+>=[\d.]+)"', block)
-    requirements = (ROOT / "requirements.txt").read_text().split("# tests")[0]
-    assert inline == re.findall(r"^[a-z]+>=[\d.]+", requirements, re.MULTILINE) and len(inline) >= 5
-
-
-def test_learning_rate_is_what_help_says(folder, tmp_path):
+def test_learning_rate_is_what_help_says(folder, tmp_path, capsys):
     for n, share in ((100, 1.0), (250, 1.0), (375, 1.0), (1250, 0.3), (2500, 0.15)):
         assert ham.learning_rate("ham", n) == pytest.approx(1e-3 * share)
         assert ham.learning_rate("sequential", n) == pytest.approx(8e-4 * share)
         assert ham.learning_rate("joint", n) == 1e-3
-    results = ham.run(config(folder, tmp_path, images_per_class=2))
+    results = ham.run(config(folder, tmp_path, images_per_class=2, epochs=1))
     assert results["config"]["lr"] == 1e-3
-    text = re.sub(r"\s+", " ", cli("--help").stdout)
-    assert "c min(1, 375 / n)" in text
-    for method, c in ham.LEARNING_RATE.items():
-        assert f"{method} {c:g}" in text
+    with pytest.raises(SystemExit):
+        ham.main(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(ham.Config))
 
 
 def test_committed_results_are_whole():
@@ -1390,25 +1406,28 @@ def test_published_figures_have_backbone_and_source():
         assert 0 < float(line["final_accuracy"]) < 100 and int(line["tasks"]) > 0
 
 
-def test_readme_snippets_run(folder, tmp_path, monkeypatch):
+def test_readme_snippets_run(finished, tmp_path, monkeypatch):
     """The python blocks of README.md, as they stand, where a run's folder and an image are at hand."""
     monkeypatch.chdir(tmp_path)
-    ham.run(config(folder, "runs"))
-    (tmp_path / "runs" / f"{folder.name}-T3-ham-s1993").rename(
-        tmp_path / "runs" / "cub200-T10-ham-s1993"
-    )
-    Image.open(folder / "test" / "class0" / "0.png").save("bird.jpg")
+    (file,) = Path(finished[-1]["config"]["out"]).rglob("results.json")
+    shutil.copytree(file.parent, tmp_path / "runs" / "cub200-T10-ham-s1993")
+    Image.new("RGB", (50, 40)).save("bird.jpg")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) >= 3
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102
 
 
-def test_notebook_runs_in_quick_mode():
+def test_notebook_has_the_sections_of_the_file_and_runs_in_quick_mode():
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("pandas", reason="pandas is not installed")
     notebook = nbformat.read(ROOT / "reproduce.ipynb", as_version=4)
+    method = itertools.takewhile(lambda c: "# What was measured" not in c.source, notebook.cells)
+    texts = "\n".join(cell.source for cell in method if cell.cell_type == "markdown")
+    banners = re.findall("^# -+ (.*)", (ROOT / "ham.py").read_text("utf-8"), re.MULTILINE)
+    assert re.findall("^## (.*)", texts, re.MULTILINE) == banners
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code if cell.source)
     shown = "".join(x.get("data", {}).get("text/markdown", "") for c in code for x in c.outputs)
@@ -1416,9 +1435,10 @@ def test_notebook_runs_in_quick_mode():
     for f in [*equations, ham.prune, ham.shares, ham.merge, ham.train_task, ham.learn]:
         assert inspect.getsource(f).strip() in shown, f"{f.__name__} has changed: run the notebook"
     assert tempfile.gettempdir() not in str(notebook) and str(ROOT) not in str(notebook)
-    nbclient.NotebookClient(
-        notebook, timeout=280, resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
+    if not os.environ.get("CI"):
+        pytest.skip("its cells are executed where CI is set: a minute")
+    where = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(notebook, timeout=280, resources=where).execute()
 
 
 # ---------------------------------------------------------------------------------------- Real data
@@ -1426,21 +1446,19 @@ def test_notebook_runs_in_quick_mode():
 
 @pytest.mark.skipif(not (DATA / "cifar-100-python").is_dir(), reason="no data/cifar-100-python")
 def test_real_cifar100():
-    c = ham.resolve(ham.Config(dataset="cifar100", data_dir=str(DATA), model="test_vit"))
-    data = ham.load_data(c)
-    assert {len(rows) for rows in data.train} == {500} and {len(rows) for rows in data.test} == {
-        100
-    }
-    assert len(data.pixels) == 60_000 and data.names[0] == "road"  # class 68
-    assert len({row for rows in data.train + data.test for row in rows.tolist()}) == 60_000
+    c = ham.resolve(ham.Config(dataset="cifar100", data_dir=str(DATA)))
+    data = ham.load_data(c, timm.create_model("test_vit"))
+    assert data.sizes("train") == [5000] * 10 and data.sizes("test") == [1000] * 10
+    assert data.names[0] == "road"  # class 68
+    assert data.pixels["train"].shape == (50_000, 3, 32, 32)
 
 
 @pytest.mark.skipif(not (DATA / "CUB_200_2011").is_dir(), reason="no data/CUB_200_2011")
 def test_real_cub200():
-    c = ham.Config(dataset="cub200", data_dir=str(DATA), model="test_vit", img_size=160)
-    data = ham.load_data(ham.resolve(c))
-    assert sum(map(len, data.train)) == 5994 and sum(map(len, data.test)) == 5794
-    assert len(data.tasks) == 10 and data.names[data.order.index(0)] == "001.Black_footed_Albatross"
+    c = ham.resolve(ham.Config(dataset="cub200", data_dir=str(DATA), class_order="natural"))
+    data = ham.load_data(c, timm.create_model("test_vit"))
+    assert sum(data.sizes("train")) == 5994 and sum(data.sizes("test")) == 5794
+    assert len(data.tasks) == 10 and data.names[0] == "001.Black_footed_Albatross"
 
 
 @pytest.mark.skipif(

@@ -2,7 +2,7 @@
 
     python -m extras.baselines --method treelora --dataset cifar100 --tasks 20
 
-ham       with --gain 5: one group that can move as far as five do, an experiment on HAM
+ham       experiments on it: --grouping random, --gain, --superclasses
 sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitudes learnt
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
@@ -16,14 +16,14 @@ papers' text, point by point at each, with what their public code does otherwise
 values are as public summaries give them. What is our choice is marked.
 """
 
-from __future__ import annotations  # ham.parse reads the fields' types as text
-
 import dataclasses
 import json
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,11 +44,21 @@ def vector(tensors):
     return torch.cat([x.flatten() for x in tensors])
 
 
-class Gain(ham.HAM):
-    """A new member's share 1 / (n + 1) becomes min(n + 1, gain) / (n + 1); --merge solution."""
+class Variant(ham.HAM):
+    """HAM with a random group, or with larger shares for the newcomer.
+
+    grouping random: whether to join is decided as in HAM, the group that is joined drawn.
+    gain: a new member's share 1 / (n + 1) becomes min(n + 1, gain) / (n + 1); --merge solution.
+    """
+
+    def choose(self, task, similarities):
+        j = super().choose(task, similarities)
+        if self.config.grouping == "random" and j < len(self.groups):
+            j = int(np.random.RandomState((self.config.seed, task)).randint(len(self.groups)))
+        return j
 
     def join(self, group, task, adapter, alpha):
-        step = min(len(group.members) + 1, self.config.gain)
+        step = min(len(group.members) + 1, self.config.gain or 1)
         super().join(group, task, adapter, alpha * step)
 
 
@@ -101,7 +111,8 @@ class OLoRA(SDLoRA):
     def start(self):
         """HAM starts every task from the same A, this one each in a place of its own."""
         seed = 1000 * self.config.seed + len(self.groups)
-        return self.trainable(ham.new_adapter(self.w0, self.config.rank, seed), self.groups)
+        adapter = ham.new_adapter(self.w0, self.config.rank, seed)
+        return ham.Trainable(self.w0, self.groups, self.config, adapter)
 
     def penalty(self, trained, loss):
         if not self.groups:
@@ -144,9 +155,6 @@ class EWC(ham.Sequential):
     def restore(self, state):
         super().restore(state)
         self.fisher = state["fisher"]
-
-    def stored(self):
-        return [*super().stored(), self.fisher]
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
@@ -324,9 +332,6 @@ class TreeLoRA(ham.Sequential):
         super().restore(state)
         self.gradients = state["gradients"]
 
-    def stored(self):
-        return super().stored() + [g for gradient in self.gradients for g in gradient]
-
 
 # --------------------------------------------------------------------------------------------- SAFM
 # Paper (arXiv 2602.02502, for GPT-2; public code)  here
@@ -359,19 +364,17 @@ def middle(blocks):
     return list(blocks)[(len(blocks) - 1) // 2]
 
 
-@dataclass
 class Search(ham.Trainable):
     """The decision stage: the new adapters and the weights of all candidates are trained."""
 
-    pool: dict = None  # block: earlier adapters, dict layer: (b, a)
-    w: dict = None  # block: (earlier + 2,), but for the middle one, which is not searched
-
-    def __post_init__(self):
-        self.w = {}
-        for block, old in self.pool.items():
+    def __init__(self, w0, config, adapter, pool):
+        super().__init__(w0, [], config, adapter)
+        self.pool = pool  # block: earlier adapters, dict layer: (b, a)
+        self.w = {}  # block: (earlier + 2,), but for the middle one, which is not searched
+        for block, old in pool.items():
             first = [FIRST["empty"], *[FIRST["old"]] * len(old), FIRST["new"]]
             self.w[block] = torch.tensor(first, device=self.alpha.device, requires_grad=True)
-        del self.w[middle(self.pool)]
+        del self.w[middle(pool)]
 
     def weights(self, w0):
         weights = {}
@@ -383,8 +386,10 @@ class Search(ham.Trainable):
             weights[name] = w + new
         return weights
 
-    def parameters(self, config):
-        return super().parameters(config) + [{"params": list(self.w.values()), "lr": SEARCH}]
+    def begin(self, features, labels, classes, config, steps):
+        optimiser, _ = super().begin(features, labels, classes, config, steps)
+        optimiser.add_param_group({"params": list(self.w.values()), "lr": SEARCH})
+        return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
     def decided(self):
         """Each block's candidate of greatest weight: "empty", its number in the pool, or "new"."""
@@ -394,11 +399,12 @@ class Search(ham.Trainable):
         return decided
 
 
-@dataclass
 class Tuned(ham.Trainable):
     """The tuning stage: chosen new adapters are trained, reused ones are not."""
 
-    reused: dict = None  # layer: (b, a)
+    def __init__(self, w0, config, adapter, reused):
+        super().__init__(w0, [], config, adapter)
+        self.reused = reused  # layer: (b, a)
 
     def weights(self, w0):
         updates = self.reused | self.adapter
@@ -428,13 +434,13 @@ class SAFM(ham.HAM):
         return self.stage
 
     def search(self, adapter):
-        return Search(**vars(self.trainable(adapter, [])), pool=self.pool)
+        return Search(self.w0, self.config, adapter, self.pool)
 
     def tuned(self, adapter, decided):
         chosen = {n: decided[block_of(n)] for n in self.w0}
         new = {n: ba for n, ba in adapter.items() if chosen[n] == "new"}
         old = {n: self.pool[block_of(n)][k][n] for n, k in chosen.items() if isinstance(k, int)}
-        return Tuned(**vars(self.trainable(new, [])), reused=old)
+        return Tuned(self.w0, self.config, new, old)
 
     def penalty(self, trained, loss):
         """λ Σ_l cos(h_l, h_l-1), mean over images and tokens; 0 where block l has no adapter."""
@@ -465,9 +471,6 @@ class SAFM(ham.HAM):
     def restore(self, state):
         self.pool, self.choices = state["pool"], state["choices"]
 
-    def stored(self):
-        return [x for adapters in self.pool.values() for one in adapters for x in factors(one)]
-
 
 def train_safm(vit, method, data, task):
     """Warm-up, search, tuning: together as many epochs as others take, at least 3. -> Tuned, record
@@ -480,51 +483,68 @@ def train_safm(vit, method, data, task):
         method.stage, method.config = stage, dataclasses.replace(config, epochs=epochs)
         return ham.train_task(vit, method, data, task, *loss)
 
-    first = ham.new_adapter(method.w0, config.rank, config.seed)
-    warm, _ = train(method.trainable(first, []), 1)
+    warm, _ = train(ham.Trainable(method.w0, [], config), 1)
     search, _ = train(method.search(warm.detached()), 1)
     decided = search.decided()
-    tuned, log = train(method.tuned(search.detached(), decided), tuning, loss_of(method))
+    tuned, loss = train(method.tuned(search.detached(), decided), tuning, loss_of(method))
     method.config = config
     method.keep(tuned, decided)
-    losses = [value for value, _ in log[-(len(log) // tuning) :]]  # last epoch
-    record = {"loss": sum(losses) / len(losses), "adapters": decided}
-    record["search"] = {block: w.softmax(0).tolist() for block, w in search.w.items()}
-    return tuned, dict.fromkeys(ham.RECORD) | record
+    weights = {block: w.softmax(0).tolist() for block, w in search.w.items()}
+    return tuned, {"loss": loss, "adapters": decided, "search": weights}
 
 
-def learn_safm(vit, method, data, folder):
-    """ham.learn's loop, with three stages per task and weights per task."""
-    if (folder / "results.json").is_file():
-        return json.loads((folder / "results.json").read_text("utf-8"))
-    state, tested = ham.begin(folder, vit, method, data), {}
-    config, class_rows, records = method.config, state["class_rows"], state["records"]
+def learn_safm(vit, method, data):
+    """ham.learn's loop, with three stages per task and weights per task; no model is saved."""
+    config, (folder, state), tested = method.config, ham.begin(vit, method, data), {}
+    results, class_rows = state["results"], state["class_rows"]
     method.watch(vit)
-    for task in range(len(records), config.tasks):
-        classes, times = data.tasks[task], [time.perf_counter()]
+    for task in range(len(results["tasks"]), config.tasks):
+        start, classes = time.perf_counter(), data.tasks[task]
         tuned, record = train_safm(vit, method, data, task)
-        times += [time.perf_counter()] * 2  # nothing is merged
-        weights = method.weights_of(task)
+        middle, weights = time.perf_counter(), method.weights_of(task)
         means = ham.class_means(*ham.extract(vit, weights, data, "train", classes, config), classes)
         if not means.isfinite().all():
             raise ham.InputError(f"task {task + 1}: not finite any more; lower --lr {config.lr}")
         class_rows["class-mean"][list(classes)] = means
         class_rows["head"][list(classes)] = tuned.head.detach()
-        times.append(time.perf_counter())
-        under = features_safm(vit, method, data, tested)
-        record |= evaluate_safm(under, class_rows, state["matrix"], data, config.read_out)
-        times.append(time.perf_counter())
-        record["seconds"] = dict(zip(ham.PARTS, np.diff(times).tolist()))
-        records.append(record)
-        ham.write_state(folder, state | {"method": method.state()})
-        ham.print_task(records, config)
-    results = ham.summary(vit, method, data, state)
-    # Features of different tasks lie in different spaces; images are trained on in three stages.
-    results["class_mean_oracle"] = None
-    results["images_per_second"] = dict.fromkeys(("training", "inference"))
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    (folder / "results.json").write_text(text, "utf-8")  # no model: no single set of weights
+        under, seen = features_safm(vit, method, data, tested), data.tasks[: task + 1]
+        labels, logits = torch.cat([y for _, y in under[0]]), {}
+        for name, rows in class_rows.items():
+            logits[name] = logits_safm(under, rows, seen)
+        row = ham.accuracies(logits[config.read_out], labels, seen)
+        results["accuracy_matrix"].append(row)
+        results |= ham.measures(results["accuracy_matrix"], data.sizes("test"))
+        results |= by_head_and_task(logits, labels, seen, config.read_out)
+        record |= {"accuracy": results["final_accuracy"], "forgetting": results["forgetting"]}
+        record["seconds"] = {"train": middle - start, "evaluate": time.perf_counter() - middle}
+        results["tasks"].append(record)
+        torch.save(state | {"method": method.state()}, folder / "state.part")
+        (folder / "state.part").replace(folder / "state.pt")
+        line = "task {:2}/{}  accuracy {accuracy:4.1f}  forgetting {forgetting:4.1f}"
+        print(line.format(task + 1, config.tasks, **record), flush=True)
+    if not (folder / "results.json").is_file():
+        adapters = [one for every in method.pool.values() for one in every]
+        kept = [x for one in adapters for x in factors(one)] + [class_rows["head"]]
+        results["parameters_stored"] = sum(x.numel() for x in kept)
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        (folder / "results.json").write_text(text, "utf-8")  # no model: no single set of weights
     return results
+
+
+def task_known(logits, labels, tasks):
+    """Per cent right where the task is known. logits (N, C), labels (N,), tasks: ranges"""
+    right = 0
+    for t in tasks:
+        own = (labels >= t[0]) & (labels <= t[-1])
+        right += (logits[own, t[0] : t[-1] + 1].argmax(1) + t[0] == labels[own]).sum().item()
+    return 100 * right / len(labels)
+
+
+def by_head_and_task(logits, labels, tasks, read_out):
+    """logits: dict read-out: (N, C), of all classes so far. -> two entries of results.json"""
+    by_head = 100 * (logits["head"].argmax(1) == labels).double().mean().item()
+    known = task_known(logits[read_out], labels, tasks)
+    return {"head_accuracy": by_head, "task_known_accuracy": known}
 
 
 def features_safm(vit, method, data, tested):
@@ -553,20 +573,6 @@ def logits_safm(under, rows, tasks):
     return torch.cat([ham.cosine_logits(*pair) for pair in zip(features, own)], dim=1)
 
 
-def evaluate_safm(under, class_rows, matrix, data, read_out):
-    """As ham.evaluate, with `logits_safm`."""
-    seen, sizes, record = data.tasks[: len(under)], data.sizes("test"), {}
-    labels = torch.cat([y for _, y in under[0]])
-    for name, rows in class_rows.items():
-        per_task, known = ham.accuracies(logits_safm(under, rows, seen), labels, seen)
-        matrix[name].append(per_task)
-        record[f"{name.replace('-', '_')}_accuracy"] = ham.accuracy_so_far(per_task, sizes)
-        if name == read_out:
-            record |= {"accuracy": ham.accuracy_so_far(per_task, sizes)}
-            record |= {"task_known_accuracy": known}
-    return record | {"forgetting": ham.forgetting(matrix[read_out])}
-
-
 # --------------------------------------------------------------------------- Settings, command line
 
 METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoRA, "ewc": EWC}
@@ -586,39 +592,48 @@ def learning_rate(method, n):
 
 @dataclass(frozen=True)
 class Config(ham.Config):
-    """ham.py's settings, other methods, and the weight of their penalty."""
+    """ham.py's settings, other methods, and what only experiments need."""
 
-    method: str = ham.option(
-        None, "a method of this file or of ham.py; default ham", (*METHODS, *ham.METHODS)
-    )
-    lr: float = ham.option(
-        None,
-        "learning rate of A and B (ours); default c min(1, 375 / n), n training images per task, "
-        f"c {', '.join(f'{k} {c:g}' for k, c in LEARNING_RATE.items())}; of others as in ham.py",
-    )
-    penalty: float = ham.option(
-        None, f"λ; default {', '.join(f'{k} {x:g}' for k, x in PENALTY.items())}"
-    )
-    gain: float = ham.option(
-        None,
-        "of ham, --merge solution: a new member's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)",
-    )
+    method: Literal[(*METHODS, *ham.METHODS)] = "ham"  # a method of this file or of ham.py
+    penalty: float = None  # weight of the penalty of treelora, safm, o_lora or ewc; default: chosen
+    grouping: Literal["cosine", "random"] = "cosine"  # ham: the group to join, or one drawn
+    gain: float = None  # ham: a newcomer's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)
+    superclasses: bool = False  # cifar100, 20 tasks: its superclasses, in an order by seed
 
 
 def resolve(config):
-    """As ham.resolve; None where a setting does not apply."""
-    method = config.method or "ham"
-    changes = {"gain": config.gain if method == "ham" else None}
-    if method not in PENALTY or config.penalty is None:
+    """As ham.resolve; refuses what does not go together."""
+    method, changes = config.method, {}
+    if config.penalty is None:
         changes["penalty"] = PENALTY.get(method)
+    elif method not in PENALTY:
+        raise ham.InputError(f"--penalty {config.penalty}: {method} has none")
+    if (config.gain or config.grouping == "random") and method != "ham":
+        raise ham.InputError("--gain and --grouping are for --method ham")
+    if config.gain and config.merge != "solution":
+        raise ham.InputError(f"--gain {config.gain}: goes with --merge solution only")
+    if config.superclasses:
+        changes["class_order"] = "natural"  # `superclasses` orders it anew
+        if (config.dataset, config.tasks) != ("cifar100", 20):
+            raise ham.InputError("--superclasses: with --dataset cifar100 --tasks 20")
     if method == "first":
         changes["read_out"] = "class-mean"  # only task 1 has a head
-    if changes["gain"] and config.merge != "solution":
-        raise ham.InputError(f"--gain {config.gain}: goes with --merge solution only")
-    resolved = ham.resolve(dataclasses.replace(config, **changes))
-    if method == "sd_lora":  # no groups, but their scalars
-        resolved = dataclasses.replace(resolved, train_alpha=True, lr_alpha=config.lr_alpha)
-    return resolved
+    if method not in ("ham", "sd_lora"):
+        changes["train_alpha"] = False
+    return ham.resolve(dataclasses.replace(config, **changes))
+
+
+def superclasses(data, seed):
+    """CIFAR-100 in label order -> its tasks are the superclasses, in an order drawn by the seed."""
+    file = Path(__file__).with_name("cifar100_superclasses.txt")
+    blocks = file.read_text("utf-8").strip().split("\n\n")
+    blocks = [blocks[i].split("\n") for i in np.random.RandomState(seed).permutation(len(blocks))]
+    names, pixels, labels = [x for block in blocks for x in block], {}, {}
+    for part in ("train", "test"):
+        own = [data.images(part, [data.names.index(name)])[0] for name in names]
+        pixels[part], sizes = torch.cat(own), torch.tensor([len(x) for x in own])
+        labels[part] = torch.arange(len(names)).repeat_interleave(sizes)
+    return dataclasses.replace(data, pixels=pixels, labels=labels, names=names)
 
 
 def loss_of(method):
@@ -640,7 +655,10 @@ def loss_of(method):
 def prepare(config):
     """-> what ham.learn takes: vit, method, data, loss"""
     config = resolve(config)
-    data, vit = ham.load_data(config), ham.build_vit(config)
+    vit = ham.build_vit(config)
+    data = ham.load_data(config, vit)
+    if config.superclasses:
+        data = superclasses(data, config.seed)
     if config.lr is None and config.method != "frozen":
         n = sum(data.sizes("train")) / config.tasks
         config = dataclasses.replace(config, lr=learning_rate(config.method, n))
@@ -648,7 +666,8 @@ def prepare(config):
         for block in vit.blocks:  # fused attention has no second derivative
             block.attn.fused_attn = False
     w0 = {} if config.method == "frozen" else ham.lora_layers(vit, config.layers)
-    kind = Gain if config.gain else (ham.METHODS | METHODS)[config.method]
+    kind = METHODS.get(config.method) or ham.METHODS[config.method][0]
+    kind = Variant if config.gain or config.grouping == "random" else kind
     method = kind(w0, config)
     return vit, method, data, loss_of(method)
 
@@ -656,20 +675,10 @@ def prepare(config):
 def run(config):
     """As ham.run. -> dict, what results.json holds"""
     vit, method, data, loss = prepare(config)
-    if method.config.method == "safm":
-        with ham.result_folder(method.config) as folder:
-            return learn_safm(vit, method, data, folder)
+    if config.method == "safm":
+        return learn_safm(vit, method, data)
     return ham.learn(vit, method, data, loss)
 
 
-def main(argv=None):
-    """The command line: ham.py's flags."""
-    config = ham.parse(argv, Config, __doc__)
-    try:
-        run(config)
-    except (ham.InputError, OSError) as error:
-        ham.fail(error)
-
-
 if __name__ == "__main__":
-    main()
+    ham.main(None, run, Config, __doc__)

@@ -94,7 +94,7 @@ PARTS = {
 }
 for part, flags in PARTS.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{part}")
-SUPER = f"{I50} --class-order extras/cifar100_superclasses.txt"
+SUPER = f"{I50} --superclasses"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
@@ -106,8 +106,8 @@ for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.it
 def program(flags):
     """ham.py, or extras/baselines.py for what is only there. flags: one string"""
     words = flags.split()
-    others = "--gain" in words or words[words.index("--method") + 1] in OTHERS.split()
-    return ["-m", "extras.baselines"] if others else ["ham.py"]
+    ours = {"--gain", "--grouping", "--superclasses", *OTHERS.split()}.intersection(words)
+    return ["-m", "extras.baselines"] if ours else ["ham.py"]
 
 
 def commit():
@@ -123,14 +123,16 @@ def run_one(name, flags, source, args):
     """One run in a process of its own; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *program(flags), *flags.split()]
-    command += ["--data-dir", args.data_dir, "--weights", args.weights]
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    data = ["--data-dir", args.data_dir, "--weights", args.weights]
+    runs = [[*program(flags), *flags.split()], ["-m", "extras.finished", str(folder)]]
+    how = {"env": os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}}
     start = time.time()
     with open(folder / "log.txt", "w") as log:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads, check=False
-        )
+        how |= {"cwd": ROOT, "stdout": log, "stderr": log}
+        for run in runs:  # the second adds what only the tables need
+            done = subprocess.run([sys.executable, *run, *data], check=False, **how)
+            if done.returncode:
+                break
     if done.returncode == 0:
         file = folder / "results.json"
         results = json.loads(file.read_text("utf-8")) | {"commit": source}

@@ -124,11 +124,6 @@ COLUMNS = {  # heading: key in results.json, what makes a cell of its values ove
     "oracle means": ("class_mean_oracle", cell),
     "drift": ("drift", cell),
     "training s": ("seconds.train", lambda x: cell(x, 0)),
-    "grouping and merging s": ("seconds.merge", cell),
-    "training images/s": ("images_per_second.training", lambda x: cell(x, 0)),
-    "inference images/s": ("images_per_second.inference", lambda x: cell(x, 0)),
-    "trained per task": ("parameters_trained", lambda x: f"{x.mean() / 1e3:,.0f} k"),
-    "peak memory GiB": ("peak_memory_bytes", lambda x: cell(x / 2**30)),
     "stored": ("parameters_stored", lambda x: f"{x.mean() / 1e3:,.0f} k"),
     "seeds": ("config.seed", lambda x: f"{x.count()}"),
     "which seeds": ("config.seed", lambda x: ", ".join(map(str, x))),
@@ -140,6 +135,12 @@ def runs(results=RESULTS, settings=COMPARED):
     files = sorted(Path(results).glob("*/results.json"))
     found = pd.json_normalize([json.loads(file.read_text("utf-8")) for file in files])
     found["config.name"] = found["config.name"].fillna("")
+    found = found.reindex(columns=found.columns.union(["config.grouping", "tasks"]))
+    found["config.grouping"] = found["config.grouping"].fillna("cosine")  # of experiments only
+    seconds = [
+        [t.get("seconds", {}) for t in x] if isinstance(x, list) else [] for x in found.tasks
+    ]
+    found["seconds.train"] = [sum(t.get("train", 0) for t in x) if x else None for x in seconds]
     r = pd.DataFrame(rows(), columns=["setting", "row", *RUN]).merge(found)
     return r[r.setting.isin({*settings} & {*r.setting[r.row == "ham"]})]
 
@@ -231,7 +232,7 @@ def parts(results=RESULTS):
 def costs(results=RESULTS):
     """What each method costs. `joint`, one task, stands in the first of its settings only."""
     r = runs(results, SETTINGS).drop_duplicates([*RUN, "config.seed"])
-    return summary(r, list(COLUMNS)[8:15])
+    return summary(r, ["training s", "stored", "seeds"])
 
 
 def measures(results=RESULTS):
@@ -437,6 +438,25 @@ def grid(paper=None, results=RESULTS):
     )
     place = [*DATA.values()].index
     return table[sorted(table, key=lambda at: (place(at[0]), at[1]))]
+
+
+def row(method, data, tasks, results=RESULTS):
+    """Every run of one row of the grid, or, where there is none, the command that makes one."""
+    names = {name: key for key, name in DATA.items()}
+    r = runs(results, SETTINGS)
+    here = (r["config.dataset"] == names[data]) & (
+        r["setting"].map(lambda s: SETTINGS[s][1]) == tasks
+    )
+    r = r[here & (r.row == method)]
+    if r.empty:
+        program = "-m extras.baselines" if method in OTHERS else "ham.py"
+        flags = f"--dataset {names[data]} --tasks {tasks} --method {method}"
+        return pd.DataFrame({"not measured here": [f"python {program} {flags}"]})
+    keys = ["final_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy"]
+    figures = r[keys].map("{:.1f}".format)
+    figures.columns = [key.removesuffix("_accuracy").replace("_", " ") for key in keys]
+    about = r[["setting", "config.seed", "config.lr"]].astype(str)
+    return about.set_axis(["setting", "seed", "rate"], axis="columns").join(figures)
 
 
 TABLES = [headline, controls, growth, parts, related, others, settings, measures, costs, noise]

@@ -1,26 +1,51 @@
-"""Tests of extras/baselines.py, on the demo's drawn images: nothing to download."""
+"""Tests of extras/baselines.py and of what stands on it, on drawn images: nothing to download."""
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
 import random
 import statistics
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import ham
-from extras import baselines, demo, run_all, screen
+from extras import baselines, demo, finished, run_all, screen
 
-QKV = 8 * 4 * (96 + 3 * 96)  # parameters of an adapter of the demo's model: rank, blocks, k + d
+CLASSES, D = 9, 64
+QKV = 8 * 6 * (D + 3 * D)  # parameters of an adapter of the model: rank, blocks, k + d
 SMALL = {"tasks": 3, "epochs": 1, "batch_size": 8, "device": "cpu", "precision": "fp32"}
 
 
-def config(**settings):
-    return baselines.Config(**(SMALL | settings))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A few drawings of nine classes, and weights of a small ViT beside them."""
+    root, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    names = [" ".join(x) for x in itertools.product(demo.COLOURS[:3], ["plain"], demo.NEW[:3])]
+    for name, part in itertools.product(names, ("train", "test")):
+        (root / "demo" / part / name).mkdir(parents=True)
+        for i, image in enumerate(demo.draw(draw, name, 4)):
+            Image.fromarray(image).save(root / "demo" / part / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), root / "vit.safetensors")
+    return root
+
+
+@pytest.fixture
+def config(folder):
+    """-> function: settings -> baselines.Config"""
+    model = {"model": "test_vit", "weights": str(folder / "vit.safetensors"), "img_size": 32}
+    data = {"dataset": str(folder / "demo")}
+    return lambda **settings: baselines.Config(**(SMALL | model | data | settings))
 
 
 def factors(d=3, r=2, k=4, **how):
@@ -28,78 +53,145 @@ def factors(d=3, r=2, k=4, **how):
 
 
 def trainable(b, a):
-    adapter = {"x": (b.clone().requires_grad_(), a.clone().requires_grad_())}
-    return ham.Trainable(adapter, {}, torch.ones(()), torch.ones(0))
+    return ham.Trainable({"x": b @ a}, [], ham.Config(train_alpha=False), {"x": (b, a)})
+
+
+def plain(**settings):
+    return baselines.Config(lr=1e-3, **settings)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The demo's model before any training, and few images; threads would only wait."""
-
-    def untrained(seed, *_):
-        torch.manual_seed(seed)
-        return timm.create_model("vit_tiny_patch16_224", num_classes=0, **demo.VIT)
-
-    monkeypatch.setattr(demo, "pretrained", untrained)
-    monkeypatch.setattr(demo, "TRAIN", 4)
-    monkeypatch.setattr(demo, "TEST", 4)
+def one_thread():
+    """More would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+def command(c):
+    """A configuration as a command line."""
+    default = baselines.Config()
+    for f in dataclasses.fields(c):
+        value, flag = getattr(c, f.name), f"--{f.name.replace('_', '-')}"
+        if value != getattr(default, f.name):
+            yield from [flag] if value is True else [flag, str(value)]
+
+
 @pytest.mark.parametrize("method", [*baselines.METHODS, "ham"])
-def test_each_method_from_the_command_line_to_its_results(method, tmp_path):
-    given = SMALL | {"method": method, "out": tmp_path} | ({"gain": 2} if method == "ham" else {})
-    baselines.main([x for k, v in given.items() for x in (f"--{k.replace('_', '-')}", str(v))])
-    folder = tmp_path / f"demo-T3-{method}-s1993"
-    results = json.loads((folder / "results.json").read_text())
+def test_each_method_from_the_command_line_to_its_results(method, config, tmp_path):
+    c = config(method=method, out=str(tmp_path), gain=2.0 if method == "ham" else None)
+    ham.main([*command(c)], baselines.run, baselines.Config, baselines.__doc__)
+    run = tmp_path / f"demo-T3-{method}-s1993"
+    results = json.loads((run / "results.json").read_text())
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3]
-    assert results["config"]["lr"] == baselines.learning_rate(method, 4 * 30 / 3)
-    assert results["config"]["gain"] == given.get("gain")
-    assert 0 <= results["final_accuracy"] <= results["task_known_accuracy"] <= 100
+    assert results["config"]["lr"] == baselines.learning_rate(method, 4 * CLASSES / 3)
+    assert results["config"]["gain"] == c.gain
     trained = results["tasks"][: 1 if method == "first" else 3]
     assert all(0 < record["loss"] < math.inf for record in trained)
     stored = {"treelora": 4 * QKV, "ewc": 2 * QKV, "sd_lora": 3 * QKV, "o_lora": 3 * QKV}
     stored["first"] = QKV
     if method in stored:
-        assert results["parameters_stored"] == 30 * 96 + stored[method]
-    assert (folder / "model.safetensors").is_file() == (method != "safm")
+        assert results["parameters_stored"] == CLASSES * D + stored[method]
+    assert (run / "model.safetensors").is_file() == (method != "safm")
 
 
-def test_settings_that_do_not_apply_are_none_and_mistakes_one_line(capsys):
-    for method in (*baselines.METHODS, "sequential"):
-        c = baselines.resolve(config(method=method, penalty=5.0, gain=5.0))
-        assert c.penalty == (5.0 if method in baselines.PENALTY else None)
-        assert c.tau is None and c.gain is None and c.train_alpha == (method == "sd_lora")
-    for mistake in ("--method nothing", "--gain 5 --merge sum", "--penalty -1 --method ewc"):
+@pytest.mark.parametrize("method", ["ham", "first", "frozen"])
+def test_finished_runs_get_what_tables_need(method, config, tmp_path, monkeypatch):
+    """The matrix's last row again, from the state; oracle means of `frozen` are its own."""
+    c = config(method=method, out=str(tmp_path))
+    before = baselines.run(c)
+    (file,) = tmp_path.rglob("results.json")
+    monkeypatch.setattr(sys, "argv", ["", str(file.parent), "--weights", c.weights])
+    finished.main()
+    after = json.loads(file.read_text())
+    assert {k: after[k] for k in before} == before
+    assert 0 <= after["final_accuracy"] <= after["task_known_accuracy"] <= 100
+    assert (after["head_accuracy"] is None) == (method == "frozen")
+    if method == "frozen":
+        assert after["class_mean_oracle"] == pytest.approx(after["final_accuracy"])
+    assert 0 <= after["class_mean_oracle"] <= 100
+
+
+def test_task_known_by_hand():
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 5, 2], [0, 9, 1, 2], [0, 0, 7, 1]])
+    labels = torch.tensor([0, 1, 3, 3])  # tasks {0, 1}, {2, 3}; only the last is wrong
+    assert baselines.task_known(logits, labels, [range(2), range(2, 4)]) == 75.0
+
+
+def test_mistakes_are_one_line(capsys):
+    mistakes = ["--method nothing", "--gain 5 --merge sum", "--penalty -1 --method ewc"]
+    mistakes += ["--penalty 1", "--gain 5 --method ewc", "--superclasses", "--grouping other"]
+    for mistake in mistakes:
         with pytest.raises(SystemExit, match="2"):
-            baselines.main(mistake.split())
+            given = ["--dataset", "x", *mistake.split()]
+            ham.main(given, baselines.run, baselines.Config, baselines.__doc__)
         assert capsys.readouterr().err.count("\n") == 1
     assert baselines.learning_rate("ewc", 750) == pytest.approx(1.5e-3)
+    c = baselines.resolve(plain(method="first", read_out="head"))
+    assert c.read_out == "class-mean" and not c.train_alpha and baselines.resolve(c) == c
+
+
+def test_random_grouping_opens_like_cosine_and_then_draws():
+    joined, w0 = {}, {"x": torch.zeros(9, 8)}
+    for grouping, seed in (("cosine", 1), ("random", 1), ("random", 2)):
+        method = baselines.Variant(w0, plain(g_max=3, tau=1.0, grouping=grouping, seed=seed))
+        draw = torch.Generator().manual_seed(0)
+        for task in range(8):
+            trained = method.start()
+            trained.adapter["x"][0].data.normal_(generator=draw)
+            joined.setdefault((grouping, seed), []).append(method.finish(task, trained)["group"])
+    assert all(groups[:3] == [0, 1, 2] for groups in joined.values())
+    want = [np.random.RandomState((1, task)).randint(3) for task in range(3, 8)]
+    assert joined["random", 1][3:] == want and joined["random", 1] != joined["random", 2]
+
+
+def test_superclasses_are_20_blocks_of_5():
+    file = Path(baselines.__file__).with_name("cifar100_superclasses.txt")
+    blocks = [block.split("\n") for block in file.read_text("utf-8").strip().split("\n\n")]
+    assert [len(block) for block in blocks] == [5] * 20
+    names = sorted(name for block in blocks for name in block)
+    assert len({*names}) == 100 and ["beaver", "dolphin", "otter", "seal", "whale"] in blocks
+    pixels = {part: torch.arange(200).view(200, 1, 1, 1) for part in ("train", "test")}
+    labels = {part: torch.arange(100).repeat_interleave(2) for part in pixels}
+    data = ham.Data(pixels, labels, names, [range(5 * t, 5 * t + 5) for t in range(20)], {}, "cpu")
+    for seed in (1, 2):
+        ordered = baselines.superclasses(data, seed)
+        order = np.random.RandomState(seed).permutation(20)
+        assert ordered.names == [name for i in order for name in blocks[i]]
+        for c in (0, 37, 99):
+            at = names.index(ordered.names[c])
+            assert ordered.images("test", [c])[0].flatten().tolist() == [2 * at, 2 * at + 1]
 
 
 def test_each_committed_run_has_the_configuration_that_its_flags_resolve_to(monkeypatch):
     monkeypatch.chdir(run_all.ROOT)
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     for name, flags in run_all.RUNS.items():
         if not Path("results", name, "results.json").is_file():
             continue
         old = json.loads(Path("results", name, "results.json").read_text())["config"]
-        of = baselines if "extras.baselines" in run_all.program(flags) else ham
-        c = of.resolve(dataclasses.replace(ham.parse(flags.split(), of.Config), device="cpu"))
+        ours, got = "extras.baselines" in run_all.program(flags), []
+        ham.main(flags.split(), got.append, baselines.Config if ours else ham.Config)
+        c = (baselines if ours else ham).resolve(dataclasses.replace(got[0], device="cpu"))
         if c.lr is None and c.method != "frozen":
             classes, images = (200, 5994) if c.dataset == "cub200" else (100, 50_000)
             n = (classes * c.images_per_class if c.images_per_class else images) / c.tasks
-            c = dataclasses.replace(c, lr=of.learning_rate(c.method, n))
-        machine = ("data_dir", "weights", "device", "precision", "out")
+            rate = (baselines if ours else ham).learning_rate(c.method, n)
+            c = dataclasses.replace(c, lr=rate)
+        machine = ("data_dir", "weights", "device", "precision", "out", "class_order")
         new = {k: v for k, v in dataclasses.asdict(c).items() if k in old and k not in machine}
-        assert new.pop("lr") == pytest.approx(old["lr"]), name  # 8e-4 * 0.375 is not quite 3e-4
+        if new.pop("lr"):
+            assert c.lr == pytest.approx(old["lr"]), name  # 8e-4 * 0.375: not quite 3e-4
+        if c.method == "frozen":
+            new.pop("train_alpha")
+        # null: earlier files' word for what a method does not look at
+        new = {k: v for k, v in new.items() if old[k] is not None and (k, v) != ("gain", None)}
         assert new == {k: old[k] for k in new}, name
 
 
 @pytest.mark.parametrize("method", ["treelora", "ewc"])
-def test_without_its_penalty_it_is_sequential_and_with_it_not(method, tmp_path):
+def test_without_its_penalty_it_is_sequential_and_with_it_not(method, config, tmp_path):
     runs = []
     for kind, name in (("sequential", None), (method, "without"), (method, "with")):
         c = config(method=kind, name=name, lr=1e-3, out=str(tmp_path))
@@ -113,7 +205,7 @@ def test_without_its_penalty_it_is_sequential_and_with_it_not(method, tmp_path):
 
 
 def test_gain_by_hand():
-    method, group, want = baselines.Gain({}, config(rho=1.0, gain=3.0)), ham.Group({}), 0.0
+    method, group, want = baselines.Variant({}, plain(rho=1.0, gain=3.0)), ham.Group({}), 0.0
     for i in range(6):
         (b, a), group.alpha = factors(), 1.5
         method.join(group, i, {"x": (b, a)}, alpha=0.7)
@@ -122,7 +214,7 @@ def test_gain_by_hand():
 
 
 def test_ewc_and_o_lora_penalties_by_hand():
-    p, method = trainable(*factors()), baselines.EWC({}, config(penalty=3.0))
+    p, method = trainable(*factors()), baselines.EWC({}, plain(penalty=3.0))
     b, a = p.adapter["x"]
     method.before, method.squares, method.steps = baselines.vector((b, a)).detach(), 0.0, 0
     assert method.penalty(p, (b @ a).sum()) == 0
@@ -136,17 +228,17 @@ def test_ewc_and_o_lora_penalties_by_hand():
     got = method.penalty(p, (b @ a).sum()).item()
     assert got == pytest.approx(1.5 * (2 * 6 * 0.25 + 5 * 8 * 0.01), rel=1e-4)
 
-    method, old = baselines.OLoRA({}, config(penalty=0.5)), torch.randn(6, 4)
+    method, old = baselines.OLoRA({}, plain(penalty=0.5)), torch.randn(6, 4)
     method.groups = [ham.Group({"x": (None, part)}) for part in (old[:2], old[2:])]
     want = sum((old[i] * a[j]).sum() ** 2 for i in range(6) for j in range(2))
     assert method.penalty(p, torch.ones(())).item() == pytest.approx(0.5 * want.item(), rel=1e-5)
 
 
-def test_first_moves_nothing_after_the_first_task(tmp_path):
+def test_first_moves_nothing_after_the_first_task(config, tmp_path):
     vit, method, data, loss = baselines.prepare(config(method="first", out=str(tmp_path)))
     w0 = dict(method.w0)
     results = ham.learn(vit, method, data, loss)
-    assert [record["loss"] is None for record in results["tasks"]] == [False, True, True]
+    assert ["loss" not in record for record in results["tasks"]] == [False, True, True]
     again = baselines.First(w0, method.config)
     again.restore(method.state())
     for name, w in method.folded().items():
@@ -156,24 +248,24 @@ def test_first_moves_nothing_after_the_first_task(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["treelora", "ewc", "safm", "first"])
-def test_a_stopped_run_goes_on_to_the_same_figures(method, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_to_the_same_figures(method, config, tmp_path, monkeypatch, capsys):
     def figures(name):
         r = baselines.run(config(method=method, name=name, epochs=3, out=str(tmp_path)))
         measured = [{k: x for k, x in t.items() if "second" not in k} for t in r["tasks"]]
         return r["accuracy_matrix"], measured, r["parameters_stored"]
 
-    whole, real = figures("whole"), ham.print_task
+    whole, real, rows = figures("whole"), ham.accuracies, itertools.count()
 
-    def stop(records, config):
-        real(records, config)
-        if len(records) == 2:
+    def stop(*arguments):
+        if next(rows) == 2:
             raise KeyboardInterrupt
+        return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ham, "print_task", stop)
+        patch.setattr(ham, "accuracies", stop)
         figures("parts")
     assert figures("parts") == whole
-    assert "2 tasks are learnt, going on" in capsys.readouterr().out
+    assert "2 of 3 tasks are learnt" in capsys.readouterr().out
     assert figures("parts") == whole  # is complete: not run again
 
 
@@ -271,7 +363,10 @@ def test_exploring_pays():
 
 def test_each_layer_finds_its_own_task():
     """Noise is half of what sets the tasks apart."""
-    method, draw = baselines.TreeLoRA({}, config()), torch.Generator().manual_seed(0)
+    method, draw = (
+        baselines.TreeLoRA({"x": torch.zeros(3, 4)}, plain()),
+        torch.Generator().manual_seed(0),
+    )
     method.gradients = [list(torch.randn(3, 50, generator=draw)) for _ in range(6)]
     method.start()
     nearest = [4, 1, 2]
@@ -289,7 +384,10 @@ def test_each_layer_finds_its_own_task():
 def test_treelora_penalty_has_the_gradient_of_the_distance():
     """By A and B, against finite differences, where the gradient depends on the parameters."""
     torch.manual_seed(0)
-    start, method = factors(dtype=torch.double), baselines.TreeLoRA({}, config(penalty=0.1))
+    start, method = (
+        factors(dtype=torch.double),
+        baselines.TreeLoRA({"x": torch.zeros(3, 4)}, plain(penalty=0.1)),
+    )
     near = torch.randn(14, dtype=torch.double) / 14
     method.gradients = [[near]]
     method.start()
@@ -316,7 +414,7 @@ def test_search_decides_for_what_the_loss_wants():
     torch.manual_seed(0)
     names = [f"blocks.{i}.qkv.weight" for i in range(5)]
     wanted = ["empty", 0, "new", 1, "new"]
-    method = baselines.SAFM({n: torch.zeros(6, 4) for n in names}, config(method="safm"))
+    method = baselines.SAFM({n: torch.zeros(6, 4) for n in names}, plain(method="safm"))
     old, new = [{n: factors(6) for n in names} for _ in range(2)], {n: factors(6) for n in names}
     for name in names:
         method.pool[baselines.block_of(name)] = [{name: x[name]} for x in old]
@@ -340,7 +438,7 @@ def test_middle_block_is_the_sixth_of_twelve():
     assert [baselines.middle(range(n)) for n in (12, 4, 2, 1)] == [5, 1, 0, 0]
 
 
-def test_safm_penalty_by_hand():
+def test_safm_penalty_by_hand(config):
     """λ Σ cos(h_l, h_l-1) over blocks with an adapter, new or reused; no gradient to a reused one."""
     vit, method, data, _ = baselines.prepare(config(method="safm", penalty=0.5))
     method.watch(vit)
@@ -350,9 +448,9 @@ def test_safm_penalty_by_hand():
     )
     for name in names:
         method.pool[baselines.block_of(name)] = [{name: old[name]}]
-    decided = dict(zip(method.pool, ["new", "empty", 0, "empty"]))
+    decided = dict(zip(method.pool, ["new", "empty", 0, "empty", "empty", "empty"]))
     tuned = method.tuned(new, decided)
-    x = data.batch(data.images("train", range(3))[0], "cpu")
+    x = data.prepare(data.images("train", range(3))[0])
     ham.functional_call(vit, tuned.weights(method.w0), x)
     passed = method.passed.values()
     cosines = [torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in passed]
@@ -375,17 +473,30 @@ def test_safm_needs_no_task():
         cosines = [torch.cosine_similarity(features[c // 2, n], rows[c], 0) for c in range(6)]
         right[label // 2] += max(range(6), key=cosines.__getitem__) == label
         known += max(tasks[label // 2], key=cosines.__getitem__) == label
-    data, matrix = ham.Data(None, None, [range(9)] * 6, None, None, tasks, None), {"head": []}
-    data.sizes = lambda part: [18, 18, 18]
-    record = baselines.evaluate_safm(under, {"head": rows}, matrix, data, "head")
-    assert matrix["head"] == [[pytest.approx(100 * x / 18) for x in right]]
-    assert record["accuracy"] == record["head_accuracy"] == pytest.approx(100 * sum(right) / 54)
-    assert record["task_known_accuracy"] == pytest.approx(100 * known / 54)
+    logits = {"head": baselines.logits_safm(under, rows, tasks)}
+    labels = torch.cat([y for _, y in under[0]])
+    assert ham.accuracies(logits["head"], labels, tasks) == pytest.approx(
+        [100 * x / 18 for x in right]
+    )
+    measured = baselines.by_head_and_task(logits, labels, tasks, "head")
+    assert measured["head_accuracy"] == pytest.approx(100 * sum(right) / 54)
+    assert measured["task_known_accuracy"] == pytest.approx(100 * known / 54)
 
 
-@pytest.mark.parametrize("method", ["safm", "first"])
-def test_screening_takes_what_has_a_loop_of_its_own(method, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "TRAIN", 8)
-    result = screen.screen(config(method=method, out=str(tmp_path)))
-    assert all(0 <= x <= 100 for x in result["class-mean"]) and len(result["class-mean"]) == 2
-    assert (result["oracle"] is None) == (method == "safm") and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("method", ["safm", "ham"])
+def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tmp_path, capsys):
+    c = config(method=method, out=str(tmp_path), tasks=4, images_per_class=2)
+    given = [*command(c), "--rates", "1e-3,1e-2", "--first-tasks", "2"]
+    monkeypatch.setattr(sys, "argv", ["screen", *given])
+    ham.main(given, screen.search, screen.Config, screen.__doc__)
+    lines = [json.loads(x) for x in (tmp_path / "screening.jsonl").read_text().splitlines()]
+    assert [x["config"]["lr"] for x in lines] == [1e-3, 1e-2] and len(list(tmp_path.iterdir())) == 1
+    for line in lines:
+        assert all(0 <= x <= 100 for x in line["class-mean"]) and line["tasks_learnt"] == 2
+        assert line["settings"]["method" if method == "safm" else "tasks"] in ("safm", 4)
+    table = capsys.readouterr().out.splitlines()[-4:]
+    best = max(lines, key=lambda x: x["class-mean"][1])
+    assert f"{best['class-mean'][1]:.1f}" in "".join(table) and "is at the edge" in table[-2]
+    program = "-m extras.baselines" if method == "safm" else "ham.py"
+    assert table[-1].startswith(f"python {program} ")
+    assert table[-1].endswith(f"--lr {best['config']['lr']:g}") and "--rates" not in table[-1]
