@@ -206,9 +206,9 @@ def test_lifted_into_another_loop_nothing_is_shared(finished):
     layers = ham.lora_layers(model, "qkv")
     model.load_state_dict(method.folded(), strict=False)
     assert all(torch.equal(layers[name], w) for name, w in w0.items())
-    for wrong in ({"lr": None}, {"lr": 1e-3, "seed": None}, {"lr": 1e-3, "rho": 1.5}):
-        with pytest.raises(ham.InputError, match="lr"):
-            ham.HAM(w0, ham.Config(**wrong))
+    c = ham.Config(method="ham", rank=2)  # no rate: the law's, for this task's images
+    optimiser, _ = ham.HAM(w0, c).start().begin(torch.randn(750, 4), torch.zeros(750), [0], c, 9)
+    assert optimiser.param_groups[0]["lr"] == ham.learning_rate("ham", 5 * 750) == 5e-4
 
 
 def test_cosine_similarity():
@@ -603,7 +603,7 @@ def test_decoding_is_timms_transform(folder, crop_mode):
     cfg |= {"input_size": (3, 32, 32), "crop_pct": 0.9}
     file = folder / "train" / "class2" / "3.png"
     want = (255 * timm.data.create_transform(**cfg)(Image.open(file))).round()
-    assert torch.equal(ham.decode([file], None, cfg)[0].float(), want)
+    assert torch.equal(ham.decode([file], cfg)[0].float(), want)
 
 
 @pytest.mark.parametrize("size", [160, 224, 24])
@@ -614,7 +614,7 @@ def test_batched_resizing_matches_timms_transform(size):
     cfg["input_size"] = (3, size, size)
     transform = timm.data.create_transform(crop_pct=1.0, **cfg)
     want = torch.stack([transform(Image.fromarray(x)) for x in pixels])
-    small = ham.decode([*pixels], 32, cfg)
+    small = ham.decode([*pixels], cfg)
     got = ham.Data({}, {}, [], [], cfg, "cpu").prepare(small)
     difference = 255 * (got - want).abs()
     print(f"{size} px: greatest {difference.max():.2f}, mean {difference.mean():.3f} grey levels")
@@ -905,7 +905,7 @@ def test_odd_image_files(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
-    rgb, grey, palette, cmyk, turned = ham.decode([tmp_path / x for x in files], None, cfg).float()
+    rgb, grey, palette, cmyk, turned = ham.decode([tmp_path / x for x in files], cfg).float()
     want = torch.from_numpy(np.array(Image.open(tmp_path / "rgb.png").convert("L")))
     assert (grey - want[None, :, 4:36]).abs().mean() < 2 and torch.equal(grey[0], grey[2])
     assert (palette - rgb).abs().mean() < 12 and (cmyk - rgb).abs().mean() < 8
@@ -916,7 +916,7 @@ def test_odd_image_files(tmp_path):
 def test_images_of_16_bits_are_refused(tmp_path):
     Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ham.InputError, match="deep.png .*8 bit"):
-        ham.decode([tmp_path / "deep.png"], 32, {"interpolation": "bicubic"})
+        ham.decode([tmp_path / "deep.png"], {"input_size": (3, 32, 32)})
 
 
 # --------------------------------------------------------------------------------------- Measures
@@ -1093,7 +1093,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, c
             patch.setattr(ham, name, stop)
             ham.run(config(folder, tmp_path / "parts", **settings))
         assert not list((tmp_path / "parts").rglob("results.json"))
-    assert "2 of 3 tasks are learnt" in capsys.readouterr().out
+    assert "2 tasks are learnt" in capsys.readouterr().out
     ham.run(config(folder, tmp_path / "parts", **settings))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -1103,7 +1103,7 @@ def test_a_complete_run_is_not_run_again(folder, tmp_path, capsys):
     first = ham.run(c)
     (file,) = tmp_path.rglob("results.json")
     before = file.stat().st_mtime_ns
-    assert ham.run(c) == first and "3 of 3 tasks" in capsys.readouterr().out
+    assert ham.run(c) == first and "3 tasks are learnt" in capsys.readouterr().out
     file.with_name("state.pt").unlink()  # committed results have none
     assert ham.run(c) == first and file.stat().st_mtime_ns == before
 
@@ -1117,7 +1117,7 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "other.safetensors")
     for change, named in (
         ({"images_per_class": 4}, "images_per_class"),
-        ({"weights": str(tmp_path / "other.safetensors")}, "weights"),
+        ({"weights": str(tmp_path / "other.safetensors")}, "weights_sha256"),
     ):
         with pytest.raises(ham.InputError, match=f"other {named}: give a --name"):
             ham.run(dataclasses.replace(c, **change))
@@ -1179,14 +1179,15 @@ BAD += [
 ]
 BAD += [(f"--{flag} much", "invalid float value: 'much'") for flag in [*RATES.split(), "tau"]]
 CHOICES = ["class-order", "method", "merge", "read-out", "precision"]
-BAD += [(f"--{flag} nothing", "invalid choice: 'nothing'") for flag in CHOICES]
+BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in CHOICES]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         *BAD,
-        ("--rho 1.1", "rho above 0 and at most 1"),
+        ("--rho 1.1", "--rho 1.1: must be above 0 and at most 1"),
+        (f"--seed {2**32}", "must be above -1"),
         ("--seed -1", "--seed -1: must be above -1"),
         ("--tsks 3", "unrecognized arguments: --tsks 3"),
         ("--tasks", "expected one argument"),
@@ -1231,19 +1232,19 @@ def altered(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "names"),
+    "change",
     [
-        (lambda s: {f"backbone.{k}": x for k, x in s.items()}, "backbone"),
-        (lambda s: {k: x for k, x in s.items() if ".1." not in k}, "blocks.1"),
-        (lambda s: {k.replace("blocks", "layers"): x for k, x in s.items()}, "layers"),
-        (lambda s: s | {"blocks.9.norm1.weight": torch.ones(64)}, "blocks.9"),
-        (lambda s: s | {"norm.weight": torch.ones(7)}, "norm.weight"),
-        (lambda s: {"unknown": torch.ones(3)}, "unknown"),
+        lambda s: {f"backbone.{k}": x for k, x in s.items()},
+        lambda s: {k: x for k, x in s.items() if ".1." not in k},
+        lambda s: {k.replace("blocks", "layers"): x for k, x in s.items()},
+        lambda s: s | {"blocks.9.norm1.weight": torch.ones(64)},
+        lambda s: s | {"norm.weight": torch.ones(7)},
+        lambda s: {"unknown": torch.ones(3)},
     ],
 )
-def test_weights_that_do_not_fit_are_refused(folder, tmp_path, change, names):
+def test_weights_that_do_not_fit_are_refused(folder, tmp_path, change):
     save_file(altered(folder, change), tmp_path / "other.safetensors")
-    with pytest.raises(ham.InputError, match=rf"(safetensors lacks|size mismatch) .*{names}"):
+    with pytest.raises(ham.InputError, match="Missing key|Unexpected key|size mismatch"):
         ham.run(config(folder, tmp_path, weights=str(tmp_path / "other.safetensors")))
 
 
@@ -1260,10 +1261,10 @@ def test_weights_without_or_with_another_head_are_the_same(folder, tmp_path):
 
 
 def test_unreadable_weights_and_images_are_named(folder, tmp_path):
-    with pytest.raises(ham.InputError, match="is it this model's"):
+    with pytest.raises(ham.InputError, match="its weights"):
         ham.run(config(folder, tmp_path, model="vit_tiny_patch16_224"))
     (tmp_path / "bad.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(ham.InputError, match="is it this model's"):
+    with pytest.raises(ham.InputError, match="its weights"):
         ham.run(config(folder, tmp_path, weights=str(tmp_path / "bad.safetensors")))
     bad = tmp_path / "bad"
     for part, label in itertools.product(("train", "test"), "ab"):
@@ -1279,7 +1280,7 @@ def test_unreadable_weights_and_images_are_named(folder, tmp_path):
 def test_a_loss_that_explodes_is_named(folder, tmp_path):
     for method in ("ham", "joint"):
         with pytest.raises(ham.InputError, match="lower --lr"):
-            ham.run(config(folder, tmp_path, method=method, lr=1e30))
+            ham.run(config(folder, tmp_path, method=method, lr=1e18))
     assert not list(tmp_path.rglob("results.json"))
 
 
@@ -1308,7 +1309,7 @@ for arguments in (["--help"], []):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and list((tmp_path / "out").rglob("results.json")), done.stderr
     assert "--rho" in done.stdout and done.stdout.endswith("0\n2\n")
-    assert done.stderr.count("\n") == 1 and "the demo is extras/demo.py" in done.stderr
+    assert done.stderr.count("\n") == 1 and "the demo's drawings and model are in" in done.stderr
 
 
 def test_demo_as_a_user_runs_it(tmp_path):
@@ -1332,7 +1333,7 @@ def test_order_of_the_file():
     source = (ROOT / "ham.py").read_text(encoding="utf-8")
     lines, tree = source.splitlines(), ast.parse(source)
     imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    assert [x for x in imported if x.split(".")[0] == "extras"] == ["extras.demo"]  # lazily
+    assert [x for x in imported if x.split(".")[0] == "extras"] == ["extras"]  # lazily
     at = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert at["effective_weight"].lineno < 80 and at["HAM"].end_lineno < 290
     assert max(map(len, lines)) <= 100 and len(lines) <= 850 and "fmt:" not in source
@@ -1344,7 +1345,12 @@ def test_order_of_the_file():
 
 def test_defaults_in_the_glossary_and_six_requirements():
     c = ham.Config()
-    for row in (f"(r = {c.rank})", f"may be ({c.g_max})", f"a group ({c.tau})", f"keeps ({c.rho})"):
+    for row in (
+        f"(r = {c.rank})",
+        f"there may be ({c.g_max})",
+        f"a group ({c.tau})",
+        f"keeps ({c.rho})",
+    ):
         assert row in ham.__doc__
     assert f"number of tasks ({c.tasks})" in ham.__doc__
     names = re.findall("^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
@@ -1370,13 +1376,15 @@ def test_ruff_has_nothing_to_do():
         assert done.returncode == 0, done.stdout
 
 
-def test_learning_rate_is_what_help_says(folder, tmp_path, capsys):
-    for n, share in ((100, 1.0), (250, 1.0), (375, 1.0), (1250, 0.3), (2500, 0.15)):
+def test_learning_rate_is_what_help_says(folder, tmp_path, capsys, monkeypatch):
+    for n, share in ((500, 1.0), (1250, 1.0), (1875, 1.0), (6250, 0.3), (12_500, 0.15)):
         assert ham.learning_rate("ham", n) == pytest.approx(1e-3 * share)
         assert ham.learning_rate("sequential", n) == pytest.approx(8e-4 * share)
         assert ham.learning_rate("joint", n) == 1e-3
-    results = ham.run(config(folder, tmp_path, images_per_class=2, epochs=1))
-    assert results["config"]["lr"] == 1e-3
+    monkeypatch.setattr(ham, "learn", lambda vit, method, data: method.config.lr)
+    for epochs, images in ((1, 2 * CLASSES / 3), (1000, 2000 * CLASSES / 3)):  # seen per task
+        c = config(folder, tmp_path, images_per_class=2, epochs=epochs)
+        assert ham.run(c) == pytest.approx(1e-3 * min(1, 1875 / images))
     with pytest.raises(SystemExit):
         ham.main(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)

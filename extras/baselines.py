@@ -495,7 +495,7 @@ def train_safm(vit, method, data, task):
 
 def learn_safm(vit, method, data):
     """ham.learn's loop, with three stages per task and weights per task; no model is saved."""
-    config, (folder, state), tested = method.config, ham.begin(vit, method, data), {}
+    config, (folder, state), tested = method.config, ham.open_run(vit, method, data), {}
     results, class_rows = state["results"], state["class_rows"]
     method.watch(vit)
     for task in range(len(results["tasks"]), config.tasks):
@@ -584,9 +584,9 @@ LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
 
 def learning_rate(method, n):
-    """Of A and B, for n training images per task."""
+    """Of A and B, for n training images seen per task, epoch by epoch."""
     if method in LEARNING_RATE:
-        return LEARNING_RATE[method] * min(1.0, 375 / n)
+        return LEARNING_RATE[method] * min(1.0, 1875 / n)
     return ham.learning_rate(method, n)
 
 
@@ -660,7 +660,7 @@ def prepare(config):
     if config.superclasses:
         data = superclasses(data, config.seed)
     if config.lr is None and config.method != "frozen":
-        n = sum(data.sizes("train")) / config.tasks
+        n = config.epochs * sum(data.sizes("train")) / config.tasks
         config = dataclasses.replace(config, lr=learning_rate(config.method, n))
     if config.method == "treelora":
         for block in vit.blocks:  # fused attention has no second derivative
@@ -681,4 +681,4 @@ def run(config):
 
 
 if __name__ == "__main__":
-    ham.main(None, run, Config, __doc__)
+    ham.main(None, run, Config)

@@ -158,7 +158,7 @@ def main(run, config):
             bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, int(t["accuracy"] / 12.5))] for t in r["tasks"])
             print(f"accuracy after each task  {name:12} {bars}")
         gap, lost = (ham[c] - other[c] for c in columns[:2])
-        print(f"HAM − sequential: final accuracy {gap:+.1f} points, forgetting {lost:+.1f}.")
+        print(f"HAM - sequential: final accuracy {gap:+.1f} points, forgetting {lost:+.1f}.")
 
 
 def pretrain(per_class=80, epochs=6, batch_size=64):

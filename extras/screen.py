@@ -42,6 +42,7 @@ def screen(config):
             results = baselines.learn_safm(vit, method, data)
         else:
             results = ham.learn(vit, method, data, loss)
+    used = results["config"] | {"tasks": config.tasks}
     tasks, hidden = results["tasks"], ("out", "data_dir", "weights", "name", "rates", "validate")
     default = dataclasses.asdict(Config())
     given = {k: x for k, x in dataclasses.asdict(config).items() if x != default[k]}
@@ -49,7 +50,7 @@ def screen(config):
     return {
         "name": config.name,
         "settings": {k: x for k, x in given.items() if k not in hidden},
-        "config": results["config"] | {"tasks": config.tasks},
+        "config": {k: x for k, x in used.items() if k not in hidden[:3]},
         "tasks_learnt": len(tasks),
         "class-mean": [curve[(len(tasks) // 2 or 1) - 1], curve[-1]],
         "forgetting": results["forgetting"],
@@ -90,4 +91,4 @@ def search(config):
 
 
 if __name__ == "__main__":
-    ham.main(None, search, Config, __doc__)
+    ham.main(None, search, Config)

@@ -311,13 +311,14 @@ def screening(results=RESULTS):
     named += ["batch_size", "method", "lr", "penalty", "seed"]
     for r in map(json.loads, file.read_text("utf-8").splitlines()):
         s = {"images_per_class": "all", "batch_size": 32, "method": "ham", "seed": 1993}
+        s["tasks"] = r.get("config", {}).get("tasks")
         s |= r["settings"] | {k: r.get("config", r["settings"]).get(k) for k in ("lr", "penalty")}
         changed = [f"{k} {v}".removesuffix(".0") for k, v in s.items() if k not in named]
         line = [DATA[s["dataset"]], *(s[k] for k in named[1:3]), s["batch_size"], s["method"]]
         line += [", ".join(changed + [r[k] for k in ["code_change"] if k in r])]
         line += [f"{s[k]:g}" if s[k] else None for k in ("lr", "penalty")]
         line += [s["seed"], r["tasks_learnt"]]
-        line += [*r["class-mean"], r["head"][1], r["oracle"]]
+        line += [*r["class-mean"], r.get("head", [None, None])[1], r.get("oracle")]
         line += [" ".join(map(str, r["group_sizes"] or [])), r.get("seconds", {}).get("train")]
         lines.append([*line, r.get("hardware", "CPU")])
     columns = (
@@ -386,9 +387,34 @@ def law(results=RESULTS):
     )
     tried = (end.index.get_level_values(3) + ": " + end).groupby(level=[0, 1, 2])
     table = pd.DataFrame({"rate: accuracy (runs)": tried.agg(", ".join), "rates": tried.size()})
-    table.insert(0, "by the law", [f"{learning_rate(m, n):.2g}" for m, _, n in table.index])
+    rates = [f"{learning_rate(m, 5 * n):.2g}" for m, _, n in table.index]  # of 5 epochs
+    table.insert(0, "by the law", rates)
     order = sorted(table.index, key=lambda x: (METHODS.index(x[0]), float(x[1] or 0), x[2]))
     return table.loc[order].astype(str)
+
+
+def elsewhere(results=RESULTS):
+    """Held-out accuracy by rate at other sizes and epochs, after the first tasks; the law's."""
+    from extras.baselines import learning_rate  # here: it brings torch
+
+    lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
+    found = {}
+    for r in map(json.loads, lines):
+        if "first_tasks" in r["settings"]:
+            c = r["config"]
+            n = 100 * c["images_per_class"] // c["tasks"]
+            key = c["method"], f"{c['img_size']}", f"{c['epochs']}", f"{n}", f"{r['tasks_learnt']}"
+            found.setdefault(key, {}).setdefault(c["lr"], []).append(r["class-mean"][1])
+    table = {}
+    for (method, px, epochs, n, tasks), tried in found.items():
+        text = [f"{lr:g}: {np.mean(x):.1f} ({len(x)})" for lr, x in sorted(tried.items())]
+        rate = f"{learning_rate(method, int(n) * int(epochs)):.2g}"
+        table[method, px, epochs, n, tasks] = [rate, ", ".join(text)]
+    columns = ["by the law", "rate: accuracy (runs)"]
+    names = ["method", "px", "epochs", "n", "tasks learnt"]
+    table = pd.DataFrame.from_dict(table, "index", columns=columns)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=names)
+    return table.sort_index(key=lambda x: x if x.name == "method" else x.astype(int))
 
 
 def choices(results=RESULTS, run="cifar100-T20-treelora-i50-s1993"):
@@ -460,7 +486,7 @@ def row(method, data, tasks, results=RESULTS):
 
 
 TABLES = [headline, controls, growth, parts, related, others, settings, measures, costs, noise]
-TABLES += [rates, choices, side_by_side, law, tried, grid]
+TABLES += [rates, choices, side_by_side, law, elsewhere, tried, grid]
 TABLES = {table.__name__: table for table in TABLES}
 
 
