@@ -454,8 +454,8 @@ def open_run(vit, method, data):
         state = torch.load(folder / "state.pt", data.device, weights_only=True)
         method.restore(state["method"])
     old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
-    same = {k for k in old | new if old.get(k) == new.get(k)} | {"out", "data_dir", "weights"}
-    if other := (old | new).keys() - same:
+    other = [f"{k} ({old.get(k)})" for k in old | new if old.get(k) != new.get(k)]
+    if other := [x for x in other if x.split()[0] not in ("out", "data_dir", "weights")]:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: give a --name")
     cfg, rate = data.cfg, f"lr {config.lr}, {config.precision}, {results['hardware']}"
     print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}\n{rate}")
@@ -563,14 +563,14 @@ def load_data(config, vit):
         if name in FACTS and found != FACTS[name][1:]:
             raise ValueError(f"{found} training and test images instead of {FACTS[name][1:]}")
     except Exception as error:  # of torchvision, tarfile, the network: each has its own
-        cure = f"known are {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/*"
+        cure = f"known are demo, {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/*"
         if name in ARCHIVES:
-            cure = f"{ARCHIVES[name]} belongs into {config.data_dir}: move away what is wrong there"
+            cure = f"put {ARCHIVES[name]} into {config.data_dir}, or move away what is wrong there"
         raise InputError(f"--dataset {name}: {error}; {cure}") from error
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
-        raise InputError(f"--tasks {config.tasks}: {len(order)} classes, and a task needs two")
+        raise InputError(f"--tasks {config.tasks}: two classes each, of {len(order)}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
@@ -668,8 +668,8 @@ def build_vit(config):
         return vit
     except Exception as error:  # each format and each way to download has errors of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        cure = f"a timm ViT? is {config.weights} its weights? without a network: --weights FILE"
-        raise InputError(f"{config.model} on {config.device}: {reason} ({cure})") from error
+        cure = f"a timm ViT? its weights? on {config.device}? without a network: --weights FILE"
+        raise InputError(f"{config.model}, {config.weights}: {reason} ({cure})") from error
 
 
 def lora_layers(vit, layers):
@@ -696,7 +696,7 @@ def learning_rate(method, n):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting; its comment is its --help. In brackets: whose choice the method's are."""
+    """The settings of HAM in one file; comments are the --help. In brackets: whose choice it is."""
 
     dataset: str = "demo"  # demo, cifar100, cub200, imagenet_r, tiny_imagenet or a FOLDER
     tasks: int = 10  # T, number of tasks; joint has 1
@@ -708,18 +708,18 @@ class Config:
     model: str = "vit_base_patch16_224.augreg_in21k"  # timm ViT with its tag
     weights: str = None  # file with the model's weights; default: timm downloads them
     img_size: int = None  # side of the input, pixels; default the model's own
-    method: Literal[tuple(METHODS)] = "ham"  # ham, or a control
+    method: Literal[tuple(METHODS)] = "ham"  # ham, or a control; demo: three for ham
     rank: int = 8  # r, rank of an adapter (ours)
     layers: str = "qkv"  # layers with LoRA, any of qkv,proj,fc1,fc2 (ours)
     tau: float = 0.1  # join if more similar; 1: the first g_max tasks open groups (ours)
     g_max: int = 5  # most groups (that there is one: abstract; 5: ours)
     rho: float = 0.9  # fraction of A and of B that pruning keeps (ours)
-    merge: Literal["solution", "mean", "sum"] = "solution"  # what a group is of its tasks (ours)
+    merge: Literal["solution", "mean", "sum"] = "solution"  # a newcomer's share: `shares` (ours)
     train_alpha: bool = True  # train alpha_i and every alpha_G (review); off: they stay 1
     read_out: Literal["class-mean", "head"] = "class-mean"  # what classifies (ours)
     epochs: int = 5  # epochs per task (ours)
     batch_size: int = 32  # images per step (ours)
-    lr: float = None  # of A and B (ours); default by images seen, made for DeiT-Tiny at 160 px
+    lr: float = None  # rate of A and B (ours); default by images seen: for DeiT-Tiny at 160 px
     lr_alpha: float = 1e-2  # learning rate of alpha_i and alpha_G (ours)
     lr_head: float = 1e-2  # learning rate of the head's rows (ours)
     seed: int = 1993  # draws class order, A, shuffling and flips
@@ -734,7 +734,7 @@ def resolve(config):
     c = vars(config).copy()
     limits = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}
     for f in fields(config):
-        choices, (above, most) = get_args(f.type), limits.get(f.name, (0, sys.maxsize))
+        choices, (above, most) = get_args(f.type), limits.get(f.name, (0, math.inf))
         if c[f.name] is not None and not choices:
             c[f.name] = f.type(c[f.name])  # a path, numpy's numbers
         flag = f"--{f.name.replace('_', '-')} {c[f.name]}"
@@ -750,7 +750,8 @@ def resolve(config):
 
 def main(argv=None, do=run, kind=Config):
     """The command line: one flag per setting, its comment the help; an error is one line."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=kind.__doc__)
+    how = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=kind.__doc__, **how)
     source = "".join(inspect.getsource(c) for c in kind.__mro__[-2::-1])
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for f in fields(kind):

@@ -153,7 +153,8 @@ def main():
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
     wanted = [name for name in wanted if not (ROOT / "results" / name / "results.json").is_file()]
     if args.list:
-        print("\n".join(f"{name}: {RUNS[name]}" for name in wanted))
+        for name in wanted:
+            print(f"python {' '.join(program(RUNS[name]))} {RUNS[name]}")
         return
     with ThreadPoolExecutor(args.jobs) as pool:
         codes = list(pool.map(lambda name: run_one(name, RUNS[name], source, args), wanted))

@@ -77,8 +77,10 @@ def search(config):
         half, end = line["class-mean"]
         print(f"{lr:9.2g}  {half:8.1f}  {end:5.1f}  {line['forgetting']:10.1f}")
     best = max(found, key=lambda lr: found[lr]["class-mean"][1])
+    print(f"appended to {file}")
     if len(found) > 1 and best in (min(found), max(found)):
-        print(f"{best:g} is at the edge: try on beyond it")
+        side = "lower" if best == min(found) else "higher"
+        print(f"{best:g} is at the edge of those tried: try {side} ones, too")
     flags, words = [], iter(sys.argv[1:])
     for word in words:
         if word in ("--rates", "--first-tasks", "--out", "--name", "--lr"):

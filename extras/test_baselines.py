@@ -496,7 +496,7 @@ def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tm
         assert line["settings"]["method" if method == "safm" else "tasks"] in ("safm", 4)
     table = capsys.readouterr().out.splitlines()[-4:]
     best = max(lines, key=lambda x: x["class-mean"][1])
-    assert f"{best['class-mean'][1]:.1f}" in "".join(table) and "is at the edge" in table[-2]
+    assert f"{best['class-mean'][1]:.1f}" in "".join(table) and "at the edge" in table[-2]
     program = "-m extras.baselines" if method == "safm" else "ham.py"
     assert table[-1].startswith(f"python {program} ")
     assert table[-1].endswith(f"--lr {best['config']['lr']:g}") and "--rates" not in table[-1]

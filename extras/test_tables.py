@@ -229,3 +229,15 @@ def test_figures_are_drawn(figure, tmp_path):
     figure().savefig(tmp_path / "a.png", dpi=40)
     assert image.imread(tmp_path / "a.png").std() > 0.05
     assert all(len(ax.get_lines()) <= 5 for ax in tables.accuracy_figure().axes)
+
+
+def test_the_demos_rates_are_the_best_of_those_tried_and_none_is_at_an_edge():
+    from extras import demo, measure_demo
+
+    found = json.loads(measure_demo.FILE.read_text("utf-8"))
+    for method, tried in found["tried"].items():
+        rates = sorted(tried, key=float)
+        best = max(rates, key=lambda lr: sum(tried[lr]))
+        assert float(best) == demo.RATES[method] and best not in (rates[0], rates[-1])
+        assert [float(lr) for lr in rates] == pytest.approx(measure_demo.GRID)
+    assert not {*found["draws"]} & {run["seed"] for run in found["runs"]}
