@@ -28,11 +28,13 @@ T         tasks          int             number of tasks (10); C classes, D feat
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -49,13 +51,23 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
-from torchvision.datasets import CIFAR100, ImageFolder, utils
+from torchvision.datasets import CIFAR100, utils
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
 class InputError(ValueError):
     """A setting or file that the user can fix; the text says how. The command line exits with 2."""
+
+
+@contextlib.contextmanager
+def input_error(what, cure):
+    """Errors of libraries, which have many kinds, as an InputError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = re.split(r"(?<=\w)\. ", " ".join(str(error).split()))[0]  # then comes advice
+        raise InputError(f"{what}: {reason or type(error).__name__:.300}; {cure}") from error
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -373,7 +385,7 @@ def extract(vit, weights, data, part, classes, config):
 
 def accuracies(logits, labels, tasks):
     """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: ranges of classes"""
-    right = logits.argmax(1) == labels
+    right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()  # not every device has fp64
     return [100 * right[(labels >= t[0]) & (labels <= t[-1])].double().mean().item() for t in tasks]
 
 
@@ -411,6 +423,9 @@ def learn(vit, method, data, loss=task_loss):
     """The loop over tasks, or what a stopped run has left of it. -> what results.json holds"""
     config, (folder, state) = method.config, open_run(vit, method, data)
     results, class_rows = state["results"], state["class_rows"]
+    if len(results["tasks"]) < config.tasks:  # the end, once before the start: does it work?
+        save(folder / "trial", vit, method, data, state)
+        shutil.rmtree(folder / "trial")
     for task in range(len(results["tasks"]), config.tasks):
         start, classes, record = time.perf_counter(), data.tasks[task], {}
         if method.w0:
@@ -429,8 +444,7 @@ def learn(vit, method, data, loss=task_loss):
         record |= {"accuracy": results["final_accuracy"], "forgetting": results["forgetting"]}
         record["seconds"] = {"train": middle - start, "evaluate": time.perf_counter() - middle}
         results["tasks"].append(record)
-        torch.save(state | {"method": method.state()}, folder / "state.part")
-        (folder / "state.part").replace(folder / "state.pt")  # whole or not at all
+        write(folder / "state.pt", lambda f: torch.save(state | {"method": method.state()}, f))
         line = "task {:2}/{}  accuracy {accuracy:4.1f}  forgetting {forgetting:4.1f}"
         groups = f"  groups {record['group_sizes']}" if "group" in record else ""
         print(line.format(task + 1, config.tasks, **record) + groups, flush=True)
@@ -444,34 +458,42 @@ def open_run(vit, method, data):
     """The run's folder, and its state: a new one, or what a stopped or a complete run has left."""
     config, results = method.config, about(vit, method.config, data)
     parts = [Path(config.dataset).name, f"T{config.tasks}", config.method, config.name]
-    folder = Path(config.out) / "-".join(filter(None, [*parts, f"s{config.seed}"]))
+    name = "-".join(filter(None, [*parts, f"s{config.seed}"]))
+    folder = Path(config.out) / re.sub(r"[/\\]", "-", name)
     zeros = torch.zeros(len(data.names), vit.num_features, device=data.device)
     state = {"results": results, "class_rows": {"class-mean": zeros, "head": zeros.clone()}}
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "results.json").is_file():
-        state["results"] = json.loads((folder / "results.json").read_text("utf-8"))
-    elif (folder / "state.pt").is_file():
-        state = torch.load(folder / "state.pt", data.device, weights_only=True)
-        method.restore(state["method"])
-    old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
-    other = [f"{k} ({old.get(k)})" for k in old | new if old.get(k) != new.get(k)]
-    if other := [x for x in other if x.split()[0] not in ("out", "data_dir", "weights")]:
+    with input_error(f"{folder} has a broken file", "move the folder away"):
+        if (folder / "results.json").is_file():
+            state["results"] = json.loads((folder / "results.json").read_text("utf-8"))
+        elif (folder / "state.pt").is_file():
+            state = torch.load(folder / "state.pt", data.device, weights_only=True)
+            method.restore(state["method"])
+        old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
+    free = {"out", "data_dir", "device", "dataset", "weights"}  # digests tell the last two
+    free |= {"data_sha256"} - set(old)  # early runs have none
+    other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
+    if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: give a --name")
-    cfg, rate = data.cfg, f"lr {config.lr}, {config.precision}, {results['hardware']}"
-    print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}\n{rate}")
-    print(f"{folder}: {len(state['results']['tasks'])} tasks are learnt", flush=True)
+    cfg, done = data.cfg, len(state["results"]["tasks"])
+    print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}")
+    print(f"{folder}: lr {config.lr}, {config.precision}, {done} tasks are learnt", flush=True)
     return folder, state
 
 
 def about(vit, config, data):
     """What results.json holds before the first task: settings, versions, hardware, data."""
     sha256 = lambda file: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    images = hashlib.sha256(repr((data.names, data.sizes("train"), data.sizes("test"))).encode())
+    for pixels in data.pixels.values():
+        images.update(pixels.numpy())
     cpuinfo, cfg, cuda = Path("/proc/cpuinfo"), vit.pretrained_cfg, "cuda" in config.device
     name = re.search("model name\t: (.*)|$", cpuinfo.read_text() if cpuinfo.is_file() else "")[1]
     name = torch.cuda.get_device_name(config.device) if cuda else name or sys.platform
     tagged = f"{cfg['architecture']}.{cfg.get('tag') or ''}".rstrip(".")  # whose mean and std
     found = {"model": config.model if ":" in config.model else tagged}
     found |= {"weights_sha256": config.weights and sha256(config.weights)}
+    found |= {"data_sha256": images.hexdigest()}
     return {
         "config": asdict(config) | found | {"img_size": data.cfg["input_size"][-1]},
         "ham_sha256": sha256(__file__),
@@ -489,15 +511,28 @@ def save(folder, vit, method, data, state):
     results, rows = state["results"], state["class_rows"][method.config.read_out]
     stored = [x for x in tree_leaves(method.state()) if torch.is_tensor(x)] + [rows]
     results["parameters_stored"] = sum(x.numel() for x in stored)  # W0 aside
-    model = copy.deepcopy(vit).cpu()
-    model.reset_classifier(len(rows))
-    head = {"head.weight": F.normalize(rows, dim=1), "head.bias": torch.zeros(len(rows))}
-    model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
-    how, names = {"img_size": data.cfg["input_size"][-1]}, {"label_names": data.names}
-    timm.models.save_for_hf(model, folder, names, how, safe_serialization=True)
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    (folder / "results.part").write_text(text, "utf-8")
-    (folder / "results.part").replace(folder / "results.json")  # says: all is there
+    text, model = json.dumps(results, indent=1, allow_nan=False) + "\n", copy.deepcopy(vit).cpu()
+    with input_error(f"saving in {folder}", "is there no room, or no head of one linear layer?"):
+        model.reset_classifier(len(rows))
+        head = {"weight": F.normalize(rows, dim=1), "bias": torch.zeros(len(rows))}
+        head = {f"{vit.pretrained_cfg['classifier']}.{k}": x for k, x in head.items()}
+        model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
+        how, names = {"img_size": data.cfg["input_size"][-1]}, {"label_names": data.names}
+        timm.models.save_for_hf(model, folder, names, how, safe_serialization=True)
+        for file in (folder / "config.json", folder / "model.safetensors"):
+            content = file.read_bytes()  # timm's is for its owner alone, and not yet on the disk
+            write(file, lambda f, content=content: f.write(content))
+    write(folder / "results.json", lambda f: f.write(text.encode()))  # says: all is there
+
+
+def write(file, dump):
+    """A file whole or not at all, after a power cut, too. dump: writes into an open file"""
+    part, cure = file.with_name(f"{file.name}.part"), "with room there the same command goes on"
+    with input_error(f"writing {file}", cure), open(part, "wb") as f:
+        dump(f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(file)
 
 
 # -------------------------------------------------------------------------------------------- Data
@@ -556,17 +591,16 @@ class Data:
 def load_data(config, vit):
     """Read, order, split, cap and decode a data set. -> Data"""
     name, cfg = config.dataset, timm.data.resolve_model_data_config(vit)
-    try:
-        images, labels, tests, names = read(name, Path(config.data_dir))
-        labels, tests = np.asarray(labels), np.asarray(tests)
+    cure = f"known are demo, {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/*"
+    if name in ARCHIVES:
+        cure = f"put {ARCHIVES[name]} into {config.data_dir}, or move away what is wrong there"
+    with input_error(f"--dataset {name}", cure):
+        images, names, tests = read(name, Path(config.data_dir))
+        names, labels = np.unique(names, return_inverse=True)  # sorted: each data set's own order
+        names, tests = names.tolist(), np.asarray(tests)
         found = (len(tests) - tests.sum().item(), tests.sum().item())
         if name in FACTS and found != FACTS[name][1:]:
             raise ValueError(f"{found} training and test images instead of {FACTS[name][1:]}")
-    except Exception as error:  # of torchvision, tarfile, the network: each has its own
-        cure = f"known are demo, {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/*"
-        if name in ARCHIVES:
-            cure = f"put {ARCHIVES[name]} into {config.data_dir}, or move away what is wrong there"
-        raise InputError(f"--dataset {name}: {error}; {cure}") from error
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
@@ -588,7 +622,7 @@ def load_data(config, vit):
 
 
 def read(name, data_dir):
-    """-> images (N files or (H, W, 3) uint8), labels (N,), is it a test image (N,), class names"""
+    """-> for each of N images: a file or (H, W, 3) uint8, its class, is it a test image"""
     root = Path(name)
     if name in ARCHIVES:
         root = data_dir / ARCHIVES[name].split("/")[-1].split(".")[0]
@@ -599,30 +633,36 @@ def read(name, data_dir):
             shutil.rmtree(part)
     if name == "cifar100":  # pickles of 32 px images
         train, test = (CIFAR100(data_dir, part) for part in (True, False))
-        images, labels = np.concatenate([train.data, test.data]), train.targets + test.targets
-        return images, labels, np.arange(len(labels)) >= len(train), train.classes
-    if name == "cub200":  # tables that give each image a class and a side of the split
-        tables = "images", "image_class_labels", "train_test_split", "classes"
-        files, labels, train, names = (np.loadtxt(root / f"{x}.txt", str)[:, 1] for x in tables)
-        files = [root / "images" / x for x in files]
-        return files, labels.astype(int) - 1, train == "0", names.tolist()
+        names = [train.classes[label] for label in train.targets + test.targets]
+        return np.concatenate([train.data, test.data]), names, np.arange(len(names)) >= len(train)
+    if name == "cub200":  # tables: where an image lies, on which side of the split it is
+        tables = (root / f"{x}.txt" for x in ("images", "train_test_split"))
+        files, train = (np.loadtxt(table, str)[:, 1] for table in tables)
+        return [root / "images" / x for x in files], [x.split("/")[0] for x in files], train == "0"
     if name == "imagenet_r":  # CLASS/*, and a public list of those that are test images
-        every, here = ImageFolder(root), Path(__file__).parent
+        (files, names), here = image_folder(root), Path(__file__).parent
         lists = [here / x / "imagenet_r_test.txt" for x in ("", "extras")]  # beside this file, or
         listed = {*next(filter(Path.is_file, lists), lists[0]).read_text("utf-8").split()}
-        tests = ["/".join(Path(file).parts[-2:]) in listed for file, _ in every.samples]
-        return [file for file, _ in every.samples], every.targets, tests, every.classes
-    train = ImageFolder(root / "train")
+        return files, names, [f"{x.parent.name}/{x.name}" in listed for x in files]
+    files, names = image_folder(root / "train")
     if name == "tiny_imagenet":  # its validation images are the test images, all in one folder
-        table = np.loadtxt(root / "val" / "val_annotations.txt", str)
-        test = [(root / "val" / "images" / x[0], train.class_to_idx[x[1]]) for x in table]
+        tests, test_names = np.loadtxt(root / "val" / "val_annotations.txt", str)[:, :2].T
+        tests = [root / "val" / "images" / x for x in tests]
     else:
-        test = ImageFolder(root / "test")
-        if other := set(train.classes) ^ set(test.classes):
-            raise ValueError(f"{len(other)} classes in train or test only: {sorted(other)[:3]}")
-        test = test.samples
-    files, labels = zip(*train.samples, *test)
-    return files, labels, np.arange(len(files)) >= len(train), train.classes
+        tests, test_names = image_folder(root / "test")
+    tested = np.repeat([False, True], [len(files), len(tests)])
+    return [*files, *tests], [*names, *test_names], tested
+
+
+def image_folder(root):
+    """What Pillow reads in ROOT/CLASS/**, sorted, nothing hidden. -> N files, N class names"""
+    inside = [x for y in root.iterdir() if y.is_dir() for x in y.rglob("*")]  # along no links
+    inside = [x.relative_to(root) for x in sorted(inside, key=str)]
+    inside = [x for x in inside if not any(part.startswith(".") for part in x.parts)]
+    images = [x for x in inside if x.suffix.lower() in Image.registered_extensions()]
+    if left_out := [x.name for x in {*inside} - {*images} if not (root / x).is_dir()]:
+        print(f"{root}: {len(left_out)} files left out, not named as images: {left_out[:3]}")
+    return [root / x for x in images], [x.parts[0] for x in images]
 
 
 def decode(images, cfg):
@@ -632,16 +672,24 @@ def decode(images, cfg):
     transform = timm.data.create_transform(**cfg, use_prefetcher=True)  # not normalised: `prepare`
     pixels = torch.empty(len(images), *cfg["input_size"], dtype=torch.uint8)
 
-    def load(i):
+    def load(i):  # -> None, or what is wrong
         try:
-            image = ImageOps.exif_transpose(Image.open(images[i]))  # as a viewer would show it
-            if image.mode.startswith("I"):
+            image = Image.open(images[i])
+            if image.mode[0] in "IF":
                 raise ValueError("more than 8 bit per channel: convert it")
+            image.getexif()  # is kept; without the rest no malformed tag can stop the turning
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)  # as a viewer would show it
+            if image.has_transparency_data:  # on white
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             pixels[i] = torch.as_tensor(transform(image.convert("RGB")))
-        except Exception as error:  # PIL has many for broken files
-            raise InputError(f"{images[i]} is not a readable image ({error})") from error
+        except Exception as error:  # noqa: BLE001 PIL has many
+            return f"{images[i]} ({error})"
 
-    thread_map(load, range(len(images)), desc="decoding", leave=False, disable=None)
+    done = thread_map(load, range(len(images)), desc="decoding", leave=False, disable=None)
+    if bad := [x for x in done if x]:
+        raise InputError(f"{len(bad)} images cannot be read: {', '.join(bad[:3])}")
     return pixels
 
 
@@ -650,36 +698,34 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    how = {"pretrained": not config.weights, "img_size": config.img_size}
-    try:
-        vit = timm.create_model(config.model, **how)  # with its head: only then is timm strict
-        vit.reset_classifier(0)
+    cure = f"a timm ViT? its weights, no Git LFS pointer? on {config.device}? else: --weights FILE"
+    with input_error(f"{config.model}, {config.weights}", cure):
+        vit = timm.create_model(config.model, not config.weights, img_size=config.img_size)
+        vit.reset_classifier(0)  # not before: only with its head is timm strict
         if config.weights:  # all but a head; position embeddings are resampled by timm
             adapt = sys.modules[type(vit).__module__].checkpoint_filter_fn
-            state = adapt(timm.models.load_state_dict(config.weights, weights_only=True), vit)
-            vit.load_state_dict({k: x for k, x in state.items() if not k.startswith("head")})
-        for block in vit.blocks:  # on a CPU the fused kernel's backward takes half of a bf16 step
-            block.attn.fused_attn &= "cpu" not in config.device
-        cfg = {"input_size": (3, *vit.patch_embed.img_size)}  # what images are made into
-        cfg |= {"crop_pct": 1.0} if config.dataset in SMALL else {}
-        vit.pretrained_cfg = vit.pretrained_cfg | cfg
+            body = lambda x, _: {k: v for k, v in adapt(x, vit).items() if not k.startswith("head")}
+            timm.models.load_checkpoint(vit, config.weights, filter_fn=body, weights_only=True)
+        for module in (x for x in vit.modules() if hasattr(x, "fused_attn")):
+            module.fused_attn &= "cpu" not in config.device  # there its backward is slower
+        side = config.img_size or vit.pretrained_cfg["input_size"][-1]
+        small = {"crop_pct": 1.0} if config.dataset in SMALL else {}
+        vit.pretrained_cfg = vit.pretrained_cfg | {"input_size": (3, side, side)} | small
         vit.requires_grad_(False).eval().to(config.device)
-        vit(torch.zeros(1, *cfg["input_size"], device=config.device))  # does it take such images?
+        features = vit(torch.zeros(1, 3, side, side, device=config.device))
+        if features.shape != (1, vit.num_features) or not features.isfinite().all():
+            raise ValueError("what it makes of an image is not one finite vector")
         return vit
-    except Exception as error:  # each format and each way to download has errors of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        cure = f"a timm ViT? its weights? on {config.device}? without a network: --weights FILE"
-        raise InputError(f"{config.model}, {config.weights}: {reason} ({cure})") from error
 
 
 def lora_layers(vit, layers):
     """The frozen weights that carry LoRA, copied. layers: "qkv,proj" -> dict layer: W0 (d, k)"""
-    wanted = set(layers.split(","))
-    named = {f"{k}.weight": x for k, x in vit.named_modules() if k.split(".")[-1] in wanted}
-    linear = {k: x.weight for k, x in named.items() if isinstance(x, torch.nn.Linear)}
-    if {k.split(".")[-2] for k in linear} != wanted:
-        raise InputError(f"--layers {layers}: any of qkv,proj,fc1,fc2, with commas between")
-    return {k: w.detach().clone() for k, w in linear.items()}
+    wanted, linear = set(layers.split(",")), torch.nn.Linear
+    named = [(k, x) for k, x in vit.named_modules() if k.split(".")[-1] in wanted]
+    found = {f"{k}.weight": x.weight.detach().clone() for k, x in named if isinstance(x, linear)}
+    if {k.split(".")[-2] for k in found} != wanted:
+        raise InputError(f"--layers {layers}: not in this model; a ViT has qkv,proj,fc1,fc2")
+    return found
 
 
 # ---------------------------------------------------------------------- Settings and command line
@@ -742,7 +788,8 @@ def resolve(config):
             raise InputError(f"{flag}: must be one of {', '.join(choices)}")
         if f.type in (int, float) and c[f.name] is not None and not above < c[f.name] <= most:
             raise InputError(f"{flag}: must be above {above} and at most {most}")
-    c["device"] = c["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    first = "cuda" if torch.cuda.is_available() else "cpu"
+    c["device"] = (c["device"] or first).replace("cpu:0", "cpu")  # torch.load knows no cpu:0
     native = (getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile"))
     c["precision"] = c["precision"] or ("bf16" if "cuda" in c["device"] or any(native) else "fp32")
     return type(config)(**c | METHODS.get(c["method"], (None, {}))[1])
@@ -762,6 +809,7 @@ def main(argv=None, do=run, kind=Config):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
         parser.add_argument(flag, default=f.default, help=text, **how)
     config = kind(**vars(parser.parse_args(argv)))
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a notebook has none
     if config.dataset == "demo":
         if not Path(__file__).with_name("extras").is_dir():
             parser.error("the demo's drawings and model are in extras/: try --dataset cifar100")
@@ -773,7 +821,7 @@ def main(argv=None, do=run, kind=Config):
     except KeyboardInterrupt:
         parser.exit(130, "ham.py: stopped; the same command goes on after the last task above\n")
     except (InputError, OSError) as error:  # OSError: a disk that is full, a read-only folder
-        parser.error(str(error))
+        parser.error("".join(x if x.isprintable() else "?" for x in str(error)))
 
 
 if __name__ == "__main__":

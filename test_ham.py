@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
@@ -22,6 +23,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -29,6 +31,7 @@ import tempfile
 import threading
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -822,11 +825,11 @@ def lacks(part):
     ("layout", "change", "says"),
     [
         (cub200, lacks("bird_3.jpg"), "bird_3.jpg"),
-        (cub200, lacks("classes.txt"), "classes.txt"),
+        (cub200, lacks("images.txt"), "images.txt"),
         (cub200, lambda m: m | {"CUB_200_2011/train_test_split.txt": b"1 1\n2 0\n"}, "instead of"),
         (imagenet_r, lacks(f"{WNIDS[1]}/"), r"\(15, 6\) training and test images instead of"),
         (imagenet_r, lacks("art_1.jpg"), r"\(16, 8\) training and test images instead of"),
-        (tiny_imagenet, lacks(f"train/{WNIDS[1]}/"), WNIDS[1]),
+        (tiny_imagenet, lacks(f"train/{WNIDS[1]}/"), r"\(15, 8\) training and test images"),
         (tiny_imagenet, lacks("_1.JPEG"), r"\(16, 8\) training and test images instead of"),
         (tiny_imagenet, lacks("val/"), "val_annotations.txt"),
         (cifar100, lacks("meta"), "not found or corrupted"),
@@ -888,11 +891,10 @@ def test_tiny_imagenet_whole(tmp_path):
     linked(root, train + val, picture(0, size=(64, 64)))
     lines = "".join(f"val_{i}.JPEG\t{wnids[i % 200]}\t0\t0\t63\t63\n" for i in range(10_000))
     (root / "val" / "val_annotations.txt").write_text(lines)
-    files, labels, tests, names = ham.read("tiny_imagenet", tmp_path)
-    assert (sum(~tests), sum(tests)) == ham.FACTS["tiny_imagenet"][1:] and names == wnids
-    for file, label, test in list(zip(files, labels, tests))[::777]:
-        name = Path(file).stem
-        assert names[label] == (wnids[int(name[4:]) % 200] if test else name.split("_")[0])
+    files, names, tests = ham.read("tiny_imagenet", tmp_path)
+    assert (sum(~tests), sum(tests)) == ham.FACTS["tiny_imagenet"][1:] and {*names} == {*wnids}
+    for file, name, test in list(zip(files, names, tests))[::777]:
+        assert name == (wnids[int(file.stem[4:]) % 200] if test else file.stem.split("_")[0])
 
 
 def test_odd_image_files(tmp_path):
@@ -911,12 +913,60 @@ def test_odd_image_files(tmp_path):
     assert (palette - rgb).abs().mean() < 12 and (cmyk - rgb).abs().mean() < 8
     upright = np.asarray(Image.open(tmp_path / "turned.jpg").convert("RGB")).transpose(1, 0, 2)
     assert (turned - torch.from_numpy(upright[4:36, ::-1].copy()).permute(2, 0, 1)).abs().mean() < 1
+    # Beside the orientation a number that is text: viewers show the image, PIL cannot write the tag.
+    tags = struct.pack(">HHIHHHHI4s", 0x0112, 3, 1, 6, 0, 0x0103, 2, 4, b"abc\0")
+    torn = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags[:12] + tags[12:] + bytes(4)
+    (tmp_path / "torn.jpg").write_bytes(picture(1, exif=torn, quality=95))
+    assert torch.equal(ham.decode([tmp_path / "torn.jpg"], cfg)[0].float(), turned)
 
 
-def test_images_of_16_bits_are_refused(tmp_path):
+def test_what_is_transparent_lies_on_white(tmp_path):
+    """Black all over, to be seen in the upper half only."""
+    ink = np.zeros((32, 32, 4), np.uint8)
+    ink[:16, :, 3] = 255
+    image, palette = Image.fromarray(ink), Image.new("P", (32, 32))
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.paste(1, (0, 0, 32, 16))
+    image.save(tmp_path / "rgba.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    palette.save(tmp_path / "p.gif", transparency=0)
+    files = [tmp_path / name for name in ("rgba.png", "la.png", "p.gif")]
+    for got in ham.decode(files, {"input_size": (3, 32, 32), "crop_pct": 1.0}):
+        assert (got[:, :16] == 0).all() and (got[:, 16:] == 255).all()
+
+
+def test_images_that_cannot_be_read_are_refused_up_to_three_by_name(tmp_path):
     Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ham.InputError, match="deep.png .*8 bit"):
-        ham.decode([tmp_path / "deep.png"], {"input_size": (3, 32, 32)})
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(tmp_path / "deep.tif")
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(
+        ham.InputError, match=r"^5 images cannot be .*a\.png.*b\.png.*c\.png"
+    ) as bad:
+        ham.decode(files, {"input_size": (3, 32, 32)})
+    assert "deep" not in str(bad.value)
+    for file in files[3:]:
+        with pytest.raises(ham.InputError, match=r"^1 images .*deep\.\w+ \(more than 8 bit"):
+            ham.decode([file], {"input_size": (3, 32, 32)})
+
+
+def test_which_files_of_a_folder_are_images(tmp_path, capsys):
+    """By all endings of Pillow, in subfolders, too; hidden ones and links to folders are not."""
+    names = "a/1.jpg a/2.JFIF a/3.gif a/sub/4.webp a/notes.txt a/5 a/.6.jpg a/._1.jpg b/1.png"
+    for name in [*names.split(), ".ipynb_checkpoints/x.jpg", "a/.cache/x.jpg", "list.txt"]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.bmp").touch()
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere")  # a class may lie elsewhere
+    (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
+    files, classes = ham.image_folder(tmp_path / "set")
+    found = [x.relative_to(tmp_path / "set").as_posix() for x in files]
+    assert found == ["a/1.jpg", "a/2.JFIF", "a/3.gif", "a/sub/4.webp", "b/1.png", "c/1.bmp"]
+    assert classes == [*"aaaabc"]
+    out = capsys.readouterr().out
+    assert "2 files left out" in out and "notes.txt" in out and "'5'" in out
 
 
 # --------------------------------------------------------------------------------------- Measures
@@ -1117,7 +1167,7 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
         ({"images_per_class": 4}, "images_per_class"),
         ({"weights": str(tmp_path / "other.safetensors")}, "weights_sha256"),
     ):
-        with pytest.raises(ham.InputError, match=f"other {named} .*: give a --name"):
+        with pytest.raises(ham.InputError, match=f"other .*{named} .*: give a --name"):
             ham.run(dataclasses.replace(c, **change))
     elsewhere = shutil.copy(folder / "vit.safetensors", tmp_path / "same.safetensors")
     ham.run(dataclasses.replace(c, weights=elsewhere))
@@ -1134,8 +1184,128 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
                 ham.run(c)
             ham.run(dataclasses.replace(c, rank=8))
     file.unlink()  # what is left is the state of a stopped run
-    with pytest.raises(ham.InputError, match=r"other images_per_class \(None\): give a --name"):
+    with pytest.raises(
+        ham.InputError, match=r"other data_sha256 .*, images_per_class \(None\): give"
+    ):
         ham.run(dataclasses.replace(c, images_per_class=4))
+
+
+def stop_in(task, c, monkeypatch):
+    """Run a configuration up to the middle of a task, counted from 0."""
+    real, ran = ham.accuracies, itertools.count()
+
+    def accuracies(*arguments):
+        if next(ran) == task:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ham, "accuracies", accuracies)
+        ham.run(c)
+
+
+def rename(root, **names):
+    for part, (old, new) in itertools.product(("train", "test"), names.items()):
+        (root / part / old).rename(root / part / f"{new}.")
+    for part, new in itertools.product(("train", "test"), names.values()):
+        (root / part / f"{new}.").rename(root / part / new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: rename(root, class0="class9"),
+        lambda root: rename(root, class0="class1", class1="class0"),
+        lambda root: shutil.copy(root / "train/class0/0.png", root / "train/class0/99.png"),
+        lambda root: shutil.copy(root / "test/class0/0.png", root / "test/class0/1.png"),
+        lambda root: [shutil.copytree(root / x / "class1", root / x / "new") for x in PER_CLASS],
+    ],
+)
+def test_a_stopped_run_refuses_other_images(change, folder, tmp_path, monkeypatch):
+    """Wherever they lie; a class or an image more, less, or under another name."""
+    shutil.copytree(folder, tmp_path / "a" / "set")
+    c = config(folder, tmp_path, method="frozen", dataset=str(tmp_path / "a" / "set"))
+    stop_in(1, c, monkeypatch)
+    (tmp_path / "b").mkdir()
+    shutil.move(tmp_path / "a" / "set", tmp_path / "b" / "set")
+    monkeypatch.chdir(tmp_path / "b")
+    moved = dataclasses.replace(c, dataset="./set/", device="cpu:0")
+    stop_in(0, moved, monkeypatch)  # goes on
+    change(tmp_path / "b" / "set")
+    with pytest.raises(
+        ham.InputError, match="holds a run with other data_sha256 .*: give a --name"
+    ):
+        ham.run(moved)
+
+
+def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
+    """Each time that a file is written out: one line, and the same command goes on."""
+    arguments = [*map(str, flags(config(folder, tmp_path / "full", epochs=1, lr=1e-3)))]
+    ham.run(config(folder, tmp_path / "whole", epochs=1, lr=1e-3))
+    capsys.readouterr()
+    for turn in range(4):  # in the trial, in a task, in the model, in the results
+        left = itertools.count()
+
+        def full(_, turn=turn, left=left):
+            if next(left) == [1, 4, 5, 2][turn]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+            patch.setattr(os, "fsync", full)
+            ham.main(arguments)
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and "No space left" in captured.err
+        assert captured.out.count("\ntask ") == [0, 1, 2, 0][turn]
+    ham.main(arguments)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "results.json"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_broken_file_of_a_run_is_named(name, size, folder, tmp_path, monkeypatch):
+    c = config(folder, tmp_path, method="frozen")
+    if name == "results.json":
+        ham.run(c)
+    else:
+        stop_in(1, c, monkeypatch)
+    (file,) = tmp_path.rglob(name)
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ham.InputError, match="has a broken file: .*; move the folder away"):
+        ham.run(c)
+    assert file.stat().st_size == size
+
+
+def test_a_run_writes_for_others_and_in_its_folder(folder, tmp_path):
+    results = ham.run(config(folder, tmp_path / "out", method="frozen", name="../../x\\y"))
+    (run,) = tmp_path.iterdir()
+    (run,) = run.iterdir()
+    assert run.name.endswith("-T3-frozen-..-..-x-y-s1993") and results["config"]["name"]
+    (tmp_path / "usual").touch()
+    assert {x.stat().st_mode for x in run.iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_two_threads_run_as_one(folder, tmp_path, finished):
+    c = config(folder, tmp_path, lr=1e-3)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(ham.run, (dataclasses.replace(c, name=name) for name in "ab")))
+    for results in both:
+        assert results["accuracy_matrix"] == finished[-1]["accuracy_matrix"]
+        assert [t["loss"] for t in results["tasks"]] == [t["loss"] for t in finished[-1]["tasks"]]
+
+
+def test_names_that_a_terminal_would_obey_or_cannot_show(folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "größe")
+    c = config(folder, tmp_path, method="frozen", dataset=str(data), name="数")
+    done = cli(*flags(c), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "gr\\xf6\\xdfe" in done.stdout, done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as out:  # as a notebook's, without reconfigure
+        ham.main([*map(str, flags(c))])
+    assert "größe-T3-frozen-数-s1993" in out.getvalue()
+    (data / "train" / "class0").rename(data / "train" / "\x1b[31mred\n")
+    with pytest.raises(SystemExit, match="2"):
+        ham.main([*map(str, flags(dataclasses.replace(c, name="b")))])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
@@ -1269,11 +1439,107 @@ def test_unreadable_weights_and_images_are_named(folder, tmp_path):
     for part, label in itertools.product(("train", "test"), "ab"):
         (bad / part / label).mkdir(parents=True)
         (bad / part / label / "x.png").write_bytes(b"no image")
-    with pytest.raises(ham.InputError, match=r"x\.png is not a readable image"):
+    with pytest.raises(ham.InputError, match=r"2 images cannot be read: .*x\.png"):
         ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
     (bad / "test" / "b").rename(bad / "test" / "c")
-    with pytest.raises(ham.InputError, match=r"in train or test only: \['b', 'c'\]; known are"):
+    with pytest.raises(ham.InputError, match=r"^[bc]: . training and . test images$"):
         ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s | {"norm.bias": torch.full((64,), torch.nan)}, "not one finite vector"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "pointer"),
+        (b"<html>", "its weights"),
+        (b"", "its weights"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pth", "safetensors", "npz"])
+def test_weights_that_are_none(change, says, ending, folder, tmp_path):
+    file = tmp_path / f"weights.{ending}"
+    if callable(change):
+        if ending == "npz":
+            pytest.skip("Google's own files")
+        state = altered(folder, change)
+        save_file(state, file) if ending == "safetensors" else torch.save(state, file)
+    else:
+        file.write_bytes(change)
+    with pytest.raises(ham.InputError, match=says) as error:
+        ham.run(config(folder, tmp_path, weights=str(file)))
+    assert "weights_only=False" not in str(error.value) and "--lr" not in str(error.value)
+
+
+def test_googles_npz_files_are_read(folder, tmp_path):
+    """A few of their arrays, laid out as Google's; timm reads them, and refuses without the others."""
+    vit = timm.create_model("test_vit", num_classes=0)
+    heads = vit.blocks[0].attn.num_heads
+    arrays = {"embedding/kernel": vit.patch_embed.proj.weight.permute(2, 3, 1, 0)}
+    arrays |= {"embedding/bias": vit.patch_embed.proj.bias, "cls": vit.cls_token}
+    arrays["Transformer/posembed_input/pos_embedding"] = vit.pos_embed
+    for name, norm in {"encoder_norm": vit.norm}.items():
+        arrays |= {f"Transformer/{name}/scale": norm.weight, f"Transformer/{name}/bias": norm.bias}
+    for i, block in enumerate(vit.blocks):
+        at = f"Transformer/encoderblock_{i}/"
+        for name, norm in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
+            arrays |= {f"{at}{name}/scale": norm.weight, f"{at}{name}/bias": norm.bias}
+        for name, layer in (("Dense_0", block.mlp.fc1), ("Dense_1", block.mlp.fc2)):
+            arrays |= {f"{at}MlpBlock_3/{name}/kernel": layer.weight.T}
+            arrays |= {f"{at}MlpBlock_3/{name}/bias": layer.bias}
+        attention = at + "MultiHeadDotProductAttention_1/"
+        parts = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
+        for name, weight, bias in zip(("query", "key", "value"), *parts):
+            arrays[f"{attention}{name}/kernel"] = weight.T.reshape(64, heads, -1)
+            arrays[f"{attention}{name}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{attention}out/kernel"] = block.attn.proj.weight.T.reshape(heads, -1, 64)
+        arrays[f"{attention}out/bias"] = block.attn.proj.bias
+    np.savez(tmp_path / "vit.npz", **{k: x.detach().numpy() for k, x in arrays.items()})
+    c = config(folder, tmp_path, weights=str(tmp_path / "vit.npz"), img_size=None)
+    got = ham.build_vit(ham.resolve(c)).state_dict()
+    for name, value in vit.state_dict().items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "resnet18"])
+def test_a_model_that_cannot_be_saved_or_adapted_is_refused_untrained(
+    model, folder, tmp_path, monkeypatch
+):
+    """Two heads; no attention."""
+    monkeypatch.setattr(ham, "train_task", lambda *_: pytest.fail("trained"))
+    torch.save(timm.create_model(model).state_dict(), tmp_path / "w.pth")
+    vit = ham.timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *x, **how: vit(*x, **how | {"pretrained": False})
+    )
+    c = config(folder, tmp_path / "out", model=model, weights=None)
+    c = dataclasses.replace(c, img_size=None if model == "resnet18" else 32)
+    with pytest.raises(ham.InputError, match="one linear layer|not in this model"):
+        ham.run(c)
+    assert not list(tmp_path.rglob("state.pt"))
+
+
+@pytest.mark.parametrize("model", ["xcit_nano_12_p8_224", "test_vit2"])
+def test_other_vits_finish_and_are_saved_as_they_are(model, folder, tmp_path, monkeypatch):
+    """Neither plain attention nor fused kernels are needed: the saved model's logits are the run's."""
+    create = timm.create_model
+    fresh = functools.partial(create, pretrained=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            timm, "create_model", lambda *x, **how: fresh(*x, **how | {"pretrained": False})
+        )
+        c = config(folder, tmp_path, model=model, weights=None, epochs=1, lr=1e-3)
+        vit, data = ham.build_vit(ham.resolve(c)), None
+        data = ham.load_data(ham.resolve(c), vit)
+        method = ham.HAM(ham.lora_layers(vit, "qkv"), ham.resolve(c))
+        ham.learn(vit, method, data)
+    (file,) = tmp_path.rglob("results.json")
+    model = create(f"local-dir:{file.parent.as_posix()}", pretrained=True).eval()
+    x = data.prepare(data.pixels["test"])
+    with torch.no_grad():
+        f = functional_call(vit, method.folded(), x)
+        torch.testing.assert_close(
+            model(x), f @ model.get_classifier().weight.T, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_loss_that_explodes_is_named(folder, tmp_path):

@@ -17,6 +17,7 @@ values are as public summaries give them. What is our choice is marked.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -70,6 +71,8 @@ class First(ham.Sequential):
     results.json counts what a later task trains, nothing; head rows of later tasks stay 0.
     """
 
+    fixed = None  # before the first task
+
     def finish(self, task, trained):
         record = super().finish(task, trained)
         self.freeze()
@@ -80,7 +83,7 @@ class First(ham.Sequential):
         self.fixed, self.w0 = super().folded(), {}
 
     def folded(self):
-        return self.fixed
+        return self.fixed or super().folded()
 
     def restore(self, state):
         super().restore(state)
@@ -518,8 +521,8 @@ def learn_safm(vit, method, data):
         record |= {"accuracy": results["final_accuracy"], "forgetting": results["forgetting"]}
         record["seconds"] = {"train": middle - start, "evaluate": time.perf_counter() - middle}
         results["tasks"].append(record)
-        torch.save(state | {"method": method.state()}, folder / "state.part")
-        (folder / "state.part").replace(folder / "state.pt")
+        kept = state | {"method": method.state()}
+        ham.write(folder / "state.pt", functools.partial(torch.save, kept))
         line = "task {:2}/{}  accuracy {accuracy:4.1f}  forgetting {forgetting:4.1f}"
         print(line.format(task + 1, config.tasks, **record), flush=True)
     if not (folder / "results.json").is_file():
@@ -527,8 +530,9 @@ def learn_safm(vit, method, data):
         kept = [x for one in adapters for x in factors(one)] + [class_rows["head"]]
         results["parameters_stored"] = sum(x.numel() for x in kept)
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        (folder / "results.json").write_text(text, "utf-8")  # no model: no single set of weights
-    print(f"final accuracy {results['final_accuracy']:.1f} %, written: {folder}, without a model")
+        ham.write(folder / "results.json", lambda f: f.write(text.encode()))
+    told = f"final accuracy {results['final_accuracy']:.1f} %, written: {folder}"
+    print(f"{told}, without a model: there is no single set of weights")
     return results
 
 
@@ -543,7 +547,7 @@ def task_known(logits, labels, tasks):
 
 def by_head_and_task(logits, labels, tasks, read_out):
     """logits: dict read-out: (N, C), of all classes so far. -> two entries of results.json"""
-    by_head = 100 * (logits["head"].argmax(1) == labels).double().mean().item()
+    by_head = 100 * (logits["head"].argmax(1) == labels).cpu().double().mean().item()
     known = task_known(logits[read_out], labels, tasks)
     return {"head_accuracy": by_head, "task_known_accuracy": known}
 
@@ -602,25 +606,33 @@ class Config(ham.Config):
     superclasses: bool = False  # cifar100, 20 tasks: its superclasses, in an order by seed
 
 
+# Which methods have a setting that not all have; any other one is refused it.
+HAVE = {k: {"ham"} for k in ("tau", "g_max", "rho", "merge", "grouping", "gain")}
+HAVE |= {k: {"ham", "sd_lora"} for k in ("train_alpha", "lr_alpha")}
+HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
+
+
 def resolve(config):
     """As ham.resolve; refuses what does not go together."""
-    method, changes = config.method, {}
-    if config.penalty is None:
-        changes["penalty"] = PENALTY.get(method)
-    elif method not in PENALTY:
-        raise ham.InputError(f"--penalty {config.penalty}: {method} has none")
-    if (config.gain or config.grouping == "random") and method != "ham":
-        raise ham.InputError("--gain and --grouping are for --method ham")
+    method, default = config.method, Config()
+    fixed = {"penalty": PENALTY.get(method)}
+    if method == "first":
+        fixed["read_out"] = "class-mean"  # only task 1 has a head
+    if method not in HAVE["train_alpha"]:
+        fixed["train_alpha"] = False
+    changes = {k: x for k, x in fixed.items() if getattr(config, k) == getattr(default, k)}
+    fixed |= ham.METHODS.get(method, (None, {}))[1]
+    for name, methods in HAVE.items():
+        value, usual = getattr(config, name), getattr(default, name)
+        if method not in methods and value not in (usual, fixed.get(name, usual)):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ham.InputError(f"{flag}: {method} has no such setting")
     if config.gain and config.merge != "solution":
         raise ham.InputError(f"--gain {config.gain}: goes with --merge solution only")
     if config.superclasses:
         changes["class_order"] = "natural"  # `superclasses` orders it anew
         if (config.dataset, config.tasks) != ("cifar100", 20):
             raise ham.InputError("--superclasses: with --dataset cifar100 --tasks 20")
-    if method == "first":
-        changes["read_out"] = "class-mean"  # only task 1 has a head
-    if method not in ("ham", "sd_lora"):
-        changes["train_alpha"] = False
     return ham.resolve(dataclasses.replace(config, **changes))
 
 

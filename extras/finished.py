@@ -51,7 +51,8 @@ def main():
         state = torch.load(folder / "state.pt", config.device, weights_only=True)
         method.restore(state["method"])
         results |= measure(vit, method, data, state["class_rows"])
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        text = json.dumps(results, indent=1) + "\n"
+        ham.write(folder / "results.json", lambda f, text=text: f.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ def run_one(name, flags, source, args):
                 break
     if done.returncode == 0:
         file = folder / "results.json"
-        results = json.loads(file.read_text("utf-8")) | {"commit": source}
-        file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        text = json.dumps(json.loads(file.read_text("utf-8")) | {"commit": source}, indent=1) + "\n"
+        file.with_suffix(".part").write_text(text, "utf-8")
+        file.with_suffix(".part").replace(file)
     print(f"{name}: exit {done.returncode}, {(time.time() - start) / 60:.1f} min", flush=True)
     return done.returncode
 

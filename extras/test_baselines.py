@@ -122,13 +122,19 @@ def test_task_known_by_hand():
 def test_mistakes_are_one_line(capsys):
     mistakes = ["--method nothing", "--gain 5 --merge sum", "--penalty -1 --method ewc"]
     mistakes += ["--penalty 1", "--gain 5 --method ewc", "--superclasses", "--grouping other"]
+    mistakes += [
+        "--tau 0.5 --method treelora",
+        "--lr-alpha 1 --method ewc",
+        "--rank 4 --method frozen",
+    ]
+    mistakes += ["--read-out head --method first", "--no-train-alpha --method average --g-max 2"]
     for mistake in mistakes:
         with pytest.raises(SystemExit, match="2"):
             given = ["--dataset", "x", *mistake.split()]
             ham.main(given, baselines.run, baselines.Config)
         assert capsys.readouterr().err.count("\n") == 1
     assert baselines.learning_rate("ewc", 3750) == pytest.approx(1.5e-3)
-    c = baselines.resolve(plain(method="first", read_out="head"))
+    c = baselines.resolve(plain(method="first"))
     assert c.read_out == "class-mean" and not c.train_alpha and baselines.resolve(c) == c
 
 
