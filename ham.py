@@ -700,7 +700,8 @@ def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
     cure = f"a timm ViT? its weights, no Git LFS pointer? on {config.device}? else: --weights FILE"
     with input_error(f"{config.model}, {config.weights}", cure):
-        vit = timm.create_model(config.model, not config.weights, img_size=config.img_size)
+        how = {"pretrained": not config.weights, "img_size": config.img_size}
+        vit = timm.create_model(config.model, **how)
         vit.reset_classifier(0)  # not before: only with its head is timm strict
         if config.weights:  # all but a head; position embeddings are resampled by timm
             adapt = sys.modules[type(vit).__module__].checkpoint_filter_fn
