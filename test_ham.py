@@ -1681,16 +1681,87 @@ def test_published_figures_have_backbone_and_source():
         assert 0 < float(line["final_accuracy"]) < 100 and int(line["tasks"]) > 0
 
 
-def test_readme_snippets_run(finished, tmp_path, monkeypatch):
-    """The python blocks of README.md, as they stand, where a run's folder and an image are at hand."""
+def snippet(contains):
+    """The python block of README.md that contains something."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (found,) = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if contains in x]
+    assert len(found.splitlines()) <= 45
+    return compile(found, "README.md", "exec")
+
+
+def test_readme_loop_has_the_matrix_of_ham_py(folder, tmp_path, monkeypatch):
+    """The same batches, through loaders of one's own: the same accuracies to the bit."""
+    vit, method, data, results = trained(folder, tmp_path, epochs=5, lr=None, batch_size=32)
+
+    class Augmented:  # flips and order as ham.train_task draws them
+        def __init__(self, task):
+            self.task, self.random = task, torch.Generator().manual_seed(1000 * 1993 + task)
+
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            pixels, labels = data.images("train", data.tasks[self.task])
+            rows = torch.randperm(len(pixels), generator=self.random)
+            flip = torch.rand(len(rows), generator=self.random) < 0.5
+            yield data.prepare(pixels[rows], flip), labels[rows]
+
+    def plain(part, classes):
+        pixels, labels = data.images(part, classes)
+        return [(data.prepare(pixels), labels)]
+
+    tasks = [
+        (list(t), Augmented(i), plain("train", t), plain("test", t))
+        for i, t in enumerate(data.tasks)
+    ]
+    monkeypatch.setitem(sys.modules, "yours", types.SimpleNamespace(tasks=tasks))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: copy.deepcopy(vit))
+    monkeypatch.setattr(ham, "Config", functools.partial(ham.Config, rank=2))
+    given = {}
+    exec(snippet("from yours import tasks"), given)  # noqa: S102
+    assert given["matrix"] == results["accuracy_matrix"]
+    for one, other in zip(given["method"].groups, method.groups, strict=True):
+        assert one.members == other.members and one.alpha == other.alpha
+
+
+def test_readme_groups_of_peft_adapters(folder, monkeypatch):
+    """The adapter loaded back is W0 + Σ ΔW_G; each with B that is not 0."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    w0, made, adapters = ham.lora_layers(vit, "qkv"), peft.get_peft_model, []
+
+    def trained_by_chance(model, lora):
+        model = made(model, lora)
+        for name, x in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(x, std=0.1)
+        adapters.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: vit)
+    monkeypatch.setattr(peft, "get_peft_model", trained_by_chance)
+    given = {}
+    exec(snippet("import peft"), given)  # noqa: S102
+    x, groups = torch.randn(2, 3, 160, 160), given["method"].groups
+    assert [g.members for g in groups] in ([[0, 2], [1]], [[0], [1, 2]])
+    with torch.no_grad():
+        got = given["model"](x)
+        bare = given["model"].unload()
+        layers = {n.split("model.")[-1] + ".weight": n for n in given["names"]}
+        folded = {
+            k: w0[k] + sum(ham.dense(g.delta_w[n]) for g in groups) for k, n in layers.items()
+        }
+        torch.testing.assert_close(got, functional_call(bare, folded, x), rtol=1e-3, atol=1e-3)
+        assert (got - functional_call(bare, w0, x)).abs().max() > 1e-2
+
+
+def test_readme_reads_a_finished_run(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (file,) = Path(finished[-1]["config"]["out"]).rglob("results.json")
     shutil.copytree(file.parent, tmp_path / "runs" / "cub200-T10-ham-s1993")
     Image.new("RGB", (50, 40)).save("bird.jpg")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) >= 3
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102
+    exec(snippet("bird.jpg"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip() in finished[-1]["classes"]
 
 
 def test_notebook_has_the_sections_of_the_file_and_runs_in_quick_mode():

@@ -1,8 +1,9 @@
 """Repeat every run behind the tables of README.md and results/README.md.
 
     python -m extras.run_all --data-dir data --weights data/deit_tiny_patch16_224.safetensors
-    python -m extras.run_all --only cub200 --jobs 2       # two runs at a time, one thread each
-    python -m extras.run_all --list                       # what is missing
+    python -m extras.run_all --only cub200 --jobs 2       # two at a time: of the threads, a GPU each
+    python -m extras.run_all --shard 3/8                  # the third of eight machines or array jobs
+    python -m extras.run_all --list                       # every run's command
 
 Runs are in the order of their worth. One whose results.json is there is skipped, so this can be
 stopped and started. It commits nothing.
@@ -11,11 +12,14 @@ stopped and started. It commits nothing.
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1993, 1994, 1995)
@@ -119,14 +123,14 @@ def commit():
         return None
 
 
-def run_one(name, flags, source, args):
-    """One run in a process of its own; its lines go to a log beside its results."""
+def run_one(name, flags, source, args, gpus):
+    """One run in a process of its own, on a free GPU; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     data = ["--data-dir", args.data_dir, "--weights", args.weights]
     runs = [[*program(flags), *flags.split()], ["-m", "extras.finished", str(folder)]]
-    how = {"env": os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}}
-    start = time.time()
+    threads, gpu, start = str(max(1, os.cpu_count() // args.jobs)), gpus.get(), time.time()
+    how = {"env": os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}}
     with open(folder / "log.txt", "w") as log:
         how |= {"cwd": ROOT, "stdout": log, "stderr": log}
         for run in runs:  # the second adds what only the tables need
@@ -138,6 +142,7 @@ def run_one(name, flags, source, args):
         text = json.dumps(json.loads(file.read_text("utf-8")) | {"commit": source}, indent=1) + "\n"
         file.with_suffix(".part").write_text(text, "utf-8")
         file.with_suffix(".part").replace(file)
+    gpus.put(gpu)
     print(f"{name}: exit {done.returncode}, {(time.time() - start) / 60:.1f} min", flush=True)
     return done.returncode
 
@@ -149,16 +154,25 @@ def main():
     parser.add_argument("--weights", default="data/deit_tiny_patch16_224.safetensors")
     parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the machine")
-    parser.add_argument("--list", action="store_true", help="print what is missing, run nothing")
+    parser.add_argument("--shard", default="1/1", help="I/N: every N-th run, from the I-th on")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args, source = parser.parse_args(), commit()  # what is committed later is not what ran
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
-    wanted = [name for name in wanted if not (ROOT / "results" / name / "results.json").is_file()]
+    first, step = map(int, args.shard.split("/"))
+    wanted = wanted[first - 1 :: step]
+    done = [name for name in wanted if (ROOT / "results" / name / "results.json").is_file()]
     if args.list:
         for name in wanted:
-            print(f"python {' '.join(program(RUNS[name]))} {RUNS[name]}")
+            state = "done   " if name in done else "missing"
+            print(f"{state} python {' '.join(program(RUNS[name]))} {RUNS[name]}")
         return
+    wanted = [name for name in wanted if name not in done]
+    every, gpus = ",".join(map(str, range(torch.cuda.device_count()))), queue.SimpleQueue()
+    every = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    for job in range(args.jobs):
+        gpus.put(every[job % len(every)])
     with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(lambda name: run_one(name, RUNS[name], source, args), wanted))
+        codes = list(pool.map(lambda name: run_one(name, RUNS[name], source, args, gpus), wanted))
     sys.exit(1 if any(codes) else 0)
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("tabulate", reason="extras/requirements.txt is not installed
 stats = pytest.importorskip("scipy.stats", reason="extras/requirements.txt is not installed")
 image = pytest.importorskip("matplotlib.image", reason="extras/requirements.txt is not installed")
 
-from extras import tables
+from extras import figure, tables
 
 
 def write(folder, method, seed, final, total=20, name="i50", **result):
@@ -241,3 +241,7 @@ def test_the_demos_rates_are_the_best_of_those_tried_and_none_is_at_an_edge():
         assert float(best) == demo.RATES[method] and best not in (rates[0], rates[-1])
         assert [float(lr) for lr in rates] == pytest.approx(measure_demo.GRID)
     assert not {*found["draws"]} & {run["seed"] for run in found["runs"]}
+
+
+def test_picture_of_the_method_is_what_its_program_draws():
+    assert (tables.RESULTS / "method.svg").read_text("utf-8") == figure.method()
