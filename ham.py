@@ -703,6 +703,7 @@ def build_vit(config):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
         vit.reset_classifier(0)  # not before: only with its head is timm strict
+        torch.backends.cudnn.allow_tf32 = False  # else a GPU's fp32 has 10 bits in patch_embed
         if config.weights:  # all but a head; position embeddings are resampled by timm
             adapt = sys.modules[type(vit).__module__].checkpoint_filter_fn
             body = lambda x, _: {k: v for k, v in adapt(x, vit).items() if not k.startswith("head")}
@@ -792,7 +793,8 @@ def resolve(config):
     first = "cuda" if torch.cuda.is_available() else "cpu"
     c["device"] = (c["device"] or first).replace("cpu:0", "cpu")  # torch.load knows no cpu:0
     native = (getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile"))
-    c["precision"] = c["precision"] or ("bf16" if "cuda" in c["device"] or any(native) else "fp32")
+    native = torch.cuda.is_bf16_supported(False) if "cuda" in c["device"] else any(native)
+    c["precision"] = c["precision"] or ("bf16" if native else "fp32")
     return type(config)(**c | METHODS.get(c["method"], (None, {}))[1])
 
 
@@ -821,6 +823,8 @@ def main(argv=None, do=run, kind=Config):
         do(config)
     except KeyboardInterrupt:
         parser.exit(130, "ham.py: stopped; the same command goes on after the last task above\n")
+    except torch.OutOfMemoryError:
+        parser.error(f"no memory left on {config.device}: lower --batch-size or --img-size")
     except (InputError, OSError) as error:  # OSError: a disk that is full, a read-only folder
         parser.error("".join(x if x.isprintable() else "?" for x in str(error)))
 

@@ -1,0 +1,60 @@
+"""Tests of extras/benchmark.py at tiny size: that it times what it says."""
+
+import sys
+
+import pytest
+import torch
+
+import ham
+from extras import benchmark
+
+pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("tabulate", reason="tabulate is not installed")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    args = ["", "--model", "test_vit", "--img-size", "32", "--rounds", "1", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", [*args, "--batch-size", "4", "--device", "cpu"])
+    return benchmark.Bench(benchmark.arguments())
+
+
+def test_all_tables_are_made(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    benchmark.main()
+    (file,) = tmp_path.iterdir()
+    text = file.read_text("utf-8")
+    for row in ("bare", "HAM, 10 groups", "PEFT, 50 adapters", " 100 |", "PEFT and DataLoader"):
+        assert row in text, row
+
+
+def test_adapters_of_peft_are_all_active_and_the_last_is_trained(bench):
+    model = bench.peft_model(3, fused=False)
+    loras = [x for n, x in model.named_parameters() if "lora_B" in n]
+    assert sum(x.requires_grad for x in loras) == len(loras) / 3
+    with torch.no_grad():
+        before = model(bench.x)
+        for k in range(3):
+            for name, x in model.named_parameters():
+                if f"lora_B.{k}." in name:
+                    x.fill_(0.1)
+            after = model(bench.x)
+            assert not torch.allclose(after, before, atol=1e-4)
+            before = after
+
+
+def test_a_step_of_ham_is_the_step_of_train_task(bench):
+    """Factors move as by AdamW on the cross-entropy of task_loss."""
+    vit = bench.vit()
+    method = bench.method(vit, 2)
+    assert len(method.groups) == 2 and all(ham.flat(g.delta_w).any() for g in method.groups)
+    seen = []
+    real = ham.task_loss
+    try:
+        ham.task_loss = lambda *x: seen.append(real(*x)) or seen[-1]
+        step = bench.step_of(vit, method)
+        for _ in range(3):
+            step()
+    finally:
+        ham.task_loss = real
+    assert len({x.item() for x in seen}) == 3 and torch.stack(seen).isfinite().all()
