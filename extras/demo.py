@@ -8,10 +8,11 @@ from ImageNet to other images. To ham.py all this is a folder of images and a ti
     python -m extras.demo    # how extras/demo_vit/ was made: some minutes of one CPU thread
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
-import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -99,21 +100,21 @@ def draw(random, name, n):
 
 def drawings(folder, seed):
     """Draw the tasks' classes, 100 of 360, into a folder {train,test}/CLASS/*.png."""
-    part, random = folder.with_suffix(".part"), np.random.default_rng(seed)
+    part, random = folder.with_suffix(f".{os.getpid()}"), np.random.default_rng(seed)
     names = [" ".join(x) for x in itertools.product(COLOURS, TEXTURES, NEW)]
     for name in tqdm(random.permutation(names)[:CLASSES], "drawing", leave=False, disable=None):
         for i, image in enumerate((DUSK * draw(random, name, TRAIN + TEST)).astype(np.uint8)):
             file = part / ("train" if i < TRAIN else "test") / name / f"{i:02}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file)
-    part.rename(folder)
+    with contextlib.suppress(OSError):  # another process was faster
+        part.rename(folder)
 
 
 def made(config):
     """A configuration of the demo -> that of a folder of drawings and of the model beside this."""
     folder = Path(config.data_dir) / f"seed{config.seed}" / "demo"
     if not folder.is_dir():
-        shutil.rmtree(folder.with_suffix(".part"), ignore_errors=True)
         drawings(folder, config.seed)
     lr = config.lr or RATES.get(config.method)
     changes = {"dataset": str(folder), "model": f"local-dir:{MODEL}", "weights": None, "lr": lr}
