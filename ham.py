@@ -733,7 +733,7 @@ def lora_layers(vit, layers):
 # ---------------------------------------------------------------------- Settings and command line
 
 # Constant c of each method; `learning_rate` has the law. The best on held-out images of CIFAR-100,
-# with DeiT-Tiny at 160 px and 5 epochs (results/README.md). Elsewhere search one: extras/screen.py.
+# with DeiT-Tiny at 160 px and 5 epochs (results/all.md). Elsewhere search one: extras/screen.py.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 8e-4, "average": 1e-2, "joint": 1e-3}
 
 

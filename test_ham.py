@@ -1014,6 +1014,7 @@ def test_results_are_what_the_contract_says(finished):
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3]
     for record in results["tasks"]:
         assert {"accuracy", "forgetting", "alpha", "alpha_groups", "similarities"} <= set(record)
+        assert all(0 < x < 100 for x in record["seconds"].values())
     assert results["final_accuracy"] == pytest.approx(np.mean(results["accuracy_matrix"][-1]))
     updates = [update for group in method.groups for update in group.delta_w.values()]
     assert all(isinstance(update, tuple) for update in updates)  # factors, of so few members
@@ -1679,6 +1680,19 @@ def test_published_figures_have_backbone_and_source():
             line
         )
         assert 0 < float(line["final_accuracy"]) < 100 and int(line["tasks"]) > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/all.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", file.read_text("utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in slugs, link
 
 
 def snippet(contains):

@@ -584,7 +584,7 @@ METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoR
 METHODS["first"] = First
 # λ, the best of three on held-out images; of treelora and safm from their papers' ranges.
 PENALTY = {"treelora": 0.1, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4}
-# c of ham.learning_rate's law, from what was tried on held-out images (results/README.md).
+# c of ham.learning_rate's law, from what was tried on held-out images (results/all.md).
 LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
 

@@ -6,7 +6,7 @@
 Takes the flags of extras/baselines.py, never touches a test image, appends a line per run to
 --out/screening.jsonl, and ends with a table and the command to run. Whoever changes backbone, size,
 epochs or data starts here: the default rates were found on DeiT-Tiny at 160 px. Defaults are chosen
-by it, too (results/README.md). A rate at the edge of those tried is no answer: try on beyond it.
+by it, too (results/all.md). A rate at the edge of those tried is no answer: try on beyond it.
 """
 
 import dataclasses

@@ -568,7 +568,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     check = parser.parse_args().check
-    readmes = [ROOT / "README.md", RESULTS / "README.md"]
+    readmes = [ROOT / "README.md", RESULTS / "README.md", RESULTS / "all.md"]
     made = {file: fill(file.read_text("utf-8")) for file in readmes}
     csv = screening().round(2).to_csv(index=False, lineterminator="\n")
     made[RESULTS / "validate" / "screening.csv"] = csv
