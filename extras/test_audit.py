@@ -1,0 +1,88 @@
+"""The tables once more, from results/*/results.json by other code: this shares none with tables.py."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parent.parent / "results"
+T975 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764}  # of Student's t, by number of seeds
+FOLDERS = {"random classes": "cifar100-T20-ham-i50", "superclasses": "cifar100-T20-ham-i50-super"}
+CHANGED = {"ham": "", "one group": "-one-group", "one group (gain 5)": "-one-group-gain5"}
+CHANGED |= {"random group": "-random", "one group per task": "-each-its-own", "no pruning": "-rho1"}
+CHANGED |= {"sum (literal)": "-sum", "mean of what was added": "-mean", "ρ = 0.5": "-rho0.5"}
+CHANGED |= {"ρ = 0.3": "-rho0.3", "α fixed at 1": "-no-alpha", "G_max = 2": "-gmax2"}
+CHANGED |= {"G_max = 10": "-gmax10"}
+
+
+def table(page, name):
+    """-> list of rows, each a dict of column: text"""
+    text = (RESULTS / page).read_text("utf-8")
+    lines = re.search(rf"<!-- table {name} -->\n(.*?)\n<!-- end", text, re.DOTALL)[1].split("\n")
+    head, _, *rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def runs(setting, row):
+    """The runs of a row. -> dict seed: results"""
+    if setting in FOLDERS:
+        folder = FOLDERS[setting] + CHANGED[row]
+    else:
+        data, *part, tasks = setting.split(", ")
+        name = {"50 per class": "-i50", "250 per class": "-i250", "all images": "-160px"}
+        part = "-224px" if "224 px" in part else name[part[0]] if part else ""
+        tasks = "T1" if row == "joint" else tasks.replace(" = ", "")
+        folder = f"{data.lower().replace('-', '')}-{tasks}-{row}{part}"
+    files = RESULTS.glob(f"{folder}-s[0-9]*/results.json")
+    return {(r := json.loads(f.read_text("utf-8")))["config"]["seed"]: r for f in files}
+
+
+def measured(run):
+    """Final accuracy, its mean over tasks, forgetting, learning accuracy: from the matrix alone."""
+    a, n = run["accuracy_matrix"], run["test_images_per_task"]
+    final = [math.fsum(x * m for x, m in zip(row, n)) / sum(n[: len(row)]) for row in a]
+    lost = [max(a[t][j] for t in range(j, len(a) - 1)) - a[-1][j] for j in range(len(a) - 1)]
+    learning = statistics.fmean(row[-1] for row in a)
+    return final[-1], statistics.fmean(final), sum(lost) / max(1, len(lost)), learning
+
+
+def cell(values, shown):
+    """Is "mean ± standard deviation", or one value, what these are, to its last digit?"""
+    numbers = [float(x.replace(",", "")) for x in re.findall(r"-?[\d.,]+", shown)]
+    want = [statistics.fmean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return numbers == pytest.approx(want, abs=0.0501)
+
+
+def test_every_row_of_all_measures():
+    rows = table("all.md", "measures")
+    assert len(rows) > 50
+    for row in rows:
+        every, seeds = runs(row["setting"], row["row"]), row["which seeds"].split(", ")
+        assert sorted(every) == [int(x) for x in seeds], row
+        columns = "final accuracy", "average incremental", "forgetting", "learning"
+        for column, values in zip(columns, zip(*map(measured, every.values()))):
+            assert cell(values, row[column]), (row, column, values)
+        stored = statistics.fmean(r["parameters_stored"] for r in every.values()) / 1000
+        assert float(row["stored"].strip(" k").replace(",", "")) == pytest.approx(stored, abs=0.51)
+
+
+@pytest.mark.parametrize("name", ["others", "parts"])
+def test_every_difference_and_its_interval(name):
+    for row in table("README.md", name):
+        setting = row.get("setting") or row["tasks of"]
+        method, ham = row.get("method") or row["changed"], runs(setting, "ham")
+        other = runs(setting, method)
+        assert cell([measured(r)[0] for r in other.values()], row["final accuracy"]), row
+        gaps = [measured(ham[s])[0] - measured(r)[0] for s, r in other.items() if s in ham]
+        if method != "ham":
+            mean, half = statistics.fmean(gaps), 0.0
+            shown = [float(x) for x in re.findall(r"[+-]?[\d.]+", row["ham − it"].replace("*", ""))]
+            if len(gaps) > 1:
+                half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+            want = [mean, mean - half, mean + half][: len(shown)]
+            assert shown == pytest.approx(want, abs=0.0501) and len(shown) == (3 if half else 1), (
+                row
+            )
