@@ -62,7 +62,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_error(what, cure):
-    """Errors of libraries, which have many kinds, as an InputError of one line."""
+    """Turn any exception inside, of whichever library, into an InputError of one line."""
     try:
         yield
     except Exception as error:
@@ -99,7 +99,8 @@ def new_adapter(w0, rank, seed):
 
 
 # ------------------------------------------------------------------------------------------- Group
-# (2)  s_j = cos(ΔW_i, ΔW_Gj); join the most similar group if s > τ, else open one while M < G_max
+# (2)  s_j = cos(ΔW_i, ΔW_Gj); join the most similar group if s > τ; else open one while M < G_max;
+#      else join it all the same
 
 
 def dense(delta_w):
@@ -122,10 +123,7 @@ def cosine_similarity(vector, group_vectors):
 
 
 def assign_group(similarities, tau, g_max):
-    """(2) The index of the group to join, or M for a new one. Abstract; a full set: our choice.
-
-    Join the most similar group if s > τ; else open one while M < G_max; else join it all the same.
-    """
+    """(2) The index of the group to join, or M for a new one. Abstract; a full set: our choice."""
     m = len(similarities)
     if m == 0 or (max(similarities) <= tau and m < g_max):
         return m
@@ -211,9 +209,9 @@ class Trainable:
         return weights
 
     def begin(self, features, labels, classes, config, steps):
-        """A head of class means, optimiser, schedule (ours). features (n, D), labels, classes"""
+        """Head of class means (ours). features (n, D), labels (n,) -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Not `class_means`: rows of unit length would turn too far at this rate.
+        # Not `class_means`: rows of length 1 are shorter, and would turn too far at this rate.
         self.head = torch.stack([features[labels == c].mean(0) for c in classes]).requires_grad_()
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
@@ -315,8 +313,8 @@ METHODS = {  # its class, and the settings that it does not leave open
 
 
 # ---------------------------------------------------------------------------------- Head and train
-# A logit is a cosine with a class's row. Trained rows, the head, make the loss; in the end classes
-# are told by class means, taken after the task's merge (`read_out`).
+# A logit is a cosine with a class's row. Training uses the head's rows; classification, by default,
+# class means, taken after the merge of their task (no image is kept to renew them).
 
 LOGIT_SCALE = 16.0  # of the cosines in the loss (our choice)
 
@@ -345,8 +343,7 @@ def train_task(vit, method, data, task, loss=task_loss):
     """
     config, classes, trained = method.config, data.tasks[task], method.start()
     pixels, _ = data.images("train", classes)
-    with torch.no_grad():
-        features, labels = extract(vit, trained.weights(method.w0), data, "train", classes, config)
+    features, labels = extract(vit, trained.weights(method.w0), data, "train", classes, config)
     steps = math.ceil(len(pixels) / config.batch_size)  # per epoch
     optimiser, schedule = trained.begin(features, labels, classes, config, config.epochs * steps)
     random, losses = torch.Generator().manual_seed(1000 * config.seed + task), []
@@ -360,7 +357,7 @@ def train_task(vit, method, data, task, loss=task_loss):
             value.backward()
             optimiser.step()
             schedule.step()
-            losses.append(value.detach())  # no synchronisation
+            losses.append(value.detach())  # a GPU would wait for `.item()`
     return trained, sum(torch.stack(losses[-steps:]).tolist()) / steps
 
 
@@ -385,7 +382,7 @@ def extract(vit, weights, data, part, classes, config):
 
 def accuracies(logits, labels, tasks):
     """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: ranges of classes"""
-    right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()  # not every device has fp64
+    right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()  # some devices lack fp64
     return [100 * right[(labels >= t[0]) & (labels <= t[-1])].double().mean().item() for t in tasks]
 
 
@@ -423,7 +420,7 @@ def learn(vit, method, data, loss=task_loss):
     """The loop over tasks, or what a stopped run has left of it. -> what results.json holds"""
     config, (folder, state) = method.config, open_run(vit, method, data)
     results, class_rows = state["results"], state["class_rows"]
-    if len(results["tasks"]) < config.tasks:  # the end, once before the start: does it work?
+    if len(results["tasks"]) < config.tasks:  # save once before training, to fail early
         save(folder / "trial", vit, method, data, state)
         shutil.rmtree(folder / "trial")
     for task in range(len(results["tasks"]), config.tasks):
@@ -435,7 +432,7 @@ def learn(vit, method, data, loss=task_loss):
         middle, weights, seen = time.perf_counter(), method.folded(), classes[-1] + 1
         means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
         if not means.isfinite().all():
-            raise InputError(f"task {task + 1}: not finite any more; lower --lr {config.lr}")
+            raise InputError(f"task {task + 1}: features are not finite; lower --lr {config.lr}")
         class_rows["class-mean"][list(classes)] = means
         features, labels = extract(vit, weights, data, "test", range(seen), config)
         logits = cosine_logits(features, class_rows[config.read_out][:seen])
@@ -455,7 +452,7 @@ def learn(vit, method, data, loss=task_loss):
 
 
 def open_run(vit, method, data):
-    """The run's folder, and its state: a new one, or what a stopped or a complete run has left."""
+    """The run's folder and state: new, or a stopped or complete run's, to which `method` is set."""
     config, results = method.config, about(vit, method.config, data)
     parts = [Path(config.dataset).name, f"T{config.tasks}", config.method, config.name]
     name = "-".join(filter(None, [*parts, f"s{config.seed}"]))
@@ -474,7 +471,7 @@ def open_run(vit, method, data):
     free |= {"data_sha256"} - set(old)  # early runs have none
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
-        raise InputError(f"{folder} holds a run with other {', '.join(other)}: give a --name")
+        raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
     cfg, done = data.cfg, len(state["results"]["tasks"])
     print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}")
     print(f"{folder}: lr {config.lr}, {config.precision}, {done} tasks are learnt", flush=True)
@@ -512,22 +509,22 @@ def save(folder, vit, method, data, state):
     stored = [x for x in tree_leaves(method.state()) if torch.is_tensor(x)] + [rows]
     results["parameters_stored"] = sum(x.numel() for x in stored)  # W0 aside
     text, model = json.dumps(results, indent=1, allow_nan=False) + "\n", copy.deepcopy(vit).cpu()
-    with input_error(f"saving in {folder}", "is there no room, or no head of one linear layer?"):
+    with input_error(f"saving in {folder}", "is the disk full, or the head not one linear layer?"):
         model.reset_classifier(len(rows))
         head = {"weight": F.normalize(rows, dim=1), "bias": torch.zeros(len(rows))}
         head = {f"{vit.pretrained_cfg['classifier']}.{k}": x for k, x in head.items()}
         model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
         how, names = {"img_size": data.cfg["input_size"][-1]}, {"label_names": data.names}
         timm.models.save_for_hf(model, folder, names, how, safe_serialization=True)
-        for file in (folder / "config.json", folder / "model.safetensors"):
-            content = file.read_bytes()  # timm's is for its owner alone, and not yet on the disk
-            write(file, lambda f, content=content: f.write(content))
+    for file in (folder / "config.json", folder / "model.safetensors"):
+        content = file.read_bytes()  # timm's is readable by its owner only, and not synced
+        write(file, lambda f, content=content: f.write(content))
     write(folder / "results.json", lambda f: f.write(text.encode()))  # says: all is there
 
 
 def write(file, dump):
-    """A file whole or not at all, after a power cut, too. dump: writes into an open file"""
-    part, cure = file.with_name(f"{file.name}.part"), "with room there the same command goes on"
+    """Write a file whole or not at all, even in a power cut. dump: writes into an open file"""
+    part, cure = file.with_name(f"{file.name}.part"), "free some space, then rerun the command"
     with input_error(f"writing {file}", cure), open(part, "wb") as f:
         dump(f)
         f.flush()
@@ -577,7 +574,7 @@ class Data:
     def prepare(self, pixels, flip=None):
         """Resize, flip and normalise. (n, 3, H, W) uint8, flip (n,) bool -> (n, 3, S, S) float"""
         x, side = pixels.to(self.device).float(), self.cfg["input_size"][-1]
-        if x.shape[-1] != side:  # as timm's test transform, batched; 8 bit between, as PIL
+        if x.shape[-1] != side:  # timm's test transform, batched; PIL rounds after each axis
             # antialias, though it enlarges: it selects PIL's cubic kernel (a = -0.5)
             for to in ((x.shape[-1], side), (side, side)):
                 x = F.interpolate(x, to, mode=self.cfg["interpolation"], antialias=True)
@@ -604,7 +601,7 @@ def load_data(config, vit):
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
-        raise InputError(f"--tasks {config.tasks}: two classes each, of {len(order)}")
+        raise InputError(f"--tasks {config.tasks}: needs two classes each, there are {len(order)}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
@@ -677,7 +674,7 @@ def decode(images, cfg):
             image = Image.open(images[i])
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bit per channel: convert it")
-            image.getexif()  # is kept; without the rest no malformed tag can stop the turning
+            image.getexif()  # caches the orientation; without the rest no malformed tag breaks
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)  # as a viewer would show it
             if image.has_transparency_data:  # on white
@@ -698,7 +695,7 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"a timm ViT? its weights, no Git LFS pointer? on {config.device}? else: --weights FILE"
+    cure = f"check timm's name, the weights (a Git LFS pointer?), {config.device}; --weights FILE?"
     with input_error(f"{config.model}, {config.weights}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
@@ -709,7 +706,7 @@ def build_vit(config):
             body = lambda x, _: {k: v for k, v in adapt(x, vit).items() if not k.startswith("head")}
             timm.models.load_checkpoint(vit, config.weights, filter_fn=body, weights_only=True)
         for module in (x for x in vit.modules() if hasattr(x, "fused_attn")):
-            module.fused_attn &= "cpu" not in config.device  # there its backward is slower
+            module.fused_attn &= "cpu" not in config.device  # slower in backward on a CPU
         side = config.img_size or vit.pretrained_cfg["input_size"][-1]
         small = {"crop_pct": 1.0} if config.dataset in SMALL else {}
         vit.pretrained_cfg = vit.pretrained_cfg | {"input_size": (3, side, side)} | small
@@ -744,7 +741,7 @@ def learning_rate(method, n):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of HAM in one file; comments are the --help. In brackets: whose choice it is."""
+    """The settings of HAM in one file. In brackets: from the abstract, a review, or our choice."""
 
     dataset: str = "demo"  # demo, cifar100, cub200, imagenet_r, tiny_imagenet or a FOLDER
     tasks: int = 10  # T, number of tasks; joint has 1
@@ -756,7 +753,7 @@ class Config:
     model: str = "vit_base_patch16_224.augreg_in21k"  # timm ViT with its tag
     weights: str = None  # file with the model's weights; default: timm downloads them
     img_size: int = None  # side of the input, pixels; default the model's own
-    method: Literal[tuple(METHODS)] = "ham"  # ham, or a control; demo: three for ham
+    method: Literal[tuple(METHODS)] = "ham"  # ham, or a control; the demo runs three
     rank: int = 8  # r, rank of an adapter (ours)
     layers: str = "qkv"  # layers with LoRA, any of qkv,proj,fc1,fc2 (ours)
     tau: float = 0.1  # join if more similar; 1: the first g_max tasks open groups (ours)
@@ -778,7 +775,7 @@ class Config:
 
 
 def resolve(config):
-    """A copy with what does not depend on data or model filled in; refuses what cannot be."""
+    """A copy with device and precision filled in; refuses values that are out of range."""
     c = vars(config).copy()
     limits = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}
     for f in fields(config):

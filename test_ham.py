@@ -579,7 +579,7 @@ def test_class_order_is_the_public_one(folder, tmp_path):
 def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
     assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
     assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ham.InputError, match="--tasks 4: two classes each, of 6"):
+    with pytest.raises(ham.InputError, match="--tasks 4: needs two classes each, there are 6"):
         loaded(folder, tmp_path, tasks=4)
 
 
@@ -1169,7 +1169,7 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
         ({"images_per_class": 4}, "images_per_class"),
         ({"weights": str(tmp_path / "other.safetensors")}, "weights_sha256"),
     ):
-        with pytest.raises(ham.InputError, match=f"other .*{named} .*: give a --name"):
+        with pytest.raises(ham.InputError, match=f"other .*{named} .*: choose a --name"):
             ham.run(dataclasses.replace(c, **change))
     elsewhere = shutil.copy(folder / "vit.safetensors", tmp_path / "same.safetensors")
     ham.run(dataclasses.replace(c, weights=elsewhere))
@@ -1187,7 +1187,7 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
             ham.run(dataclasses.replace(c, rank=8))
     file.unlink()  # what is left is the state of a stopped run
     with pytest.raises(
-        ham.InputError, match=r"other data_sha256 .*, images_per_class \(None\): give"
+        ham.InputError, match=r"other data_sha256 .*, images_per_class \(None\): choose"
     ):
         ham.run(dataclasses.replace(c, images_per_class=4))
 
@@ -1235,7 +1235,7 @@ def test_a_stopped_run_refuses_other_images(change, folder, tmp_path, monkeypatc
     stop_in(0, moved, monkeypatch)  # goes on
     change(tmp_path / "b" / "set")
     with pytest.raises(
-        ham.InputError, match="holds a run with other data_sha256 .*: give a --name"
+        ham.InputError, match="holds a run with other data_sha256 .*: choose a --name"
     ):
         ham.run(moved)
 
@@ -1366,14 +1366,14 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
         ("--dataset nowhere", "known are demo, cifar100, "),
         ("--dataset cifar100 --model vit_huge", "vit_huge"),
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
-        ("--dataset cifar100 --model resnet18 --weights x", "a timm ViT"),
+        ("--dataset cifar100 --model resnet18 --weights x", "check timm's name"),
         ("--weights nowhere", "nowhere"),
         ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
         ("--layers ,", "qkv,proj,fc1,fc2"),
         ("--img-size 33", "33"),
         ("--device quantum", "quantum"),
         ("--device cuda:77", "cuda:77"),
-        ("--tasks 4 --method frozen", "two classes each, of 6"),
+        ("--tasks 4 --method frozen", "needs two classes each, there are 6"),
         (f"--name {'x' * 300}", "too long"),
         (f"--out {ROOT / 'ham.py'}", "ham.py"),
     ],
@@ -1432,10 +1432,10 @@ def test_weights_without_or_with_another_head_are_the_same(folder, tmp_path):
 
 
 def test_unreadable_weights_and_images_are_named(folder, tmp_path):
-    with pytest.raises(ham.InputError, match="its weights"):
+    with pytest.raises(ham.InputError, match="the weights"):
         ham.run(config(folder, tmp_path, model="vit_tiny_patch16_224"))
     (tmp_path / "bad.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(ham.InputError, match="its weights"):
+    with pytest.raises(ham.InputError, match="the weights"):
         ham.run(config(folder, tmp_path, weights=str(tmp_path / "bad.safetensors")))
     bad = tmp_path / "bad"
     for part, label in itertools.product(("train", "test"), "ab"):
@@ -1453,8 +1453,8 @@ def test_unreadable_weights_and_images_are_named(folder, tmp_path):
     [
         (lambda s: s | {"norm.bias": torch.full((64,), torch.nan)}, "not one finite vector"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "pointer"),
-        (b"<html>", "its weights"),
-        (b"", "its weights"),
+        (b"<html>", "the weights"),
+        (b"", "the weights"),
     ],
 )
 @pytest.mark.parametrize("ending", ["pth", "safetensors", "npz"])
