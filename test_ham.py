@@ -149,8 +149,16 @@ def test_effective_weight_is_equation_1():
 
 def test_training_moves_the_factors_and_every_scalar_and_nothing_else(finished):
     vit, method, data, _ = finished
-    before = copy.deepcopy([g.delta_w for g in method.groups]), copy.deepcopy(vit.state_dict())
-    start, (moved, loss) = method.start(), ham.train_task(vit, method, data, 1)
+    before, seen = copy.deepcopy([g.delta_w for g in method.groups]), []
+    before = before, copy.deepcopy(vit.state_dict())
+
+    def recorded(*given):
+        seen.append(ham.task_loss(*given))
+        return seen[-1]
+
+    start, (moved, loss) = method.start(), ham.train_task(vit, method, data, 1, recorded)
+    assert len(seen) == 2 * 3  # two epochs of 20 images in batches of 8; the mean of the last one
+    assert loss == pytest.approx(torch.stack(seen[3:]).mean().item())
     assert moved.alpha != 1 and len(moved.alpha_groups) == len(method.groups) > 1
     assert (moved.alpha_groups != start.alpha_groups).all() and 0 < loss < 10
     for name, (b, a) in moved.adapter.items():
@@ -994,10 +1002,20 @@ def test_measures_of_one_task():
 
 
 def test_accuracies_by_hand():
-    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 5, 2], [0, 9, 1, 2], [0, 0, 7, 1]])
-    labels = torch.tensor([0, 1, 3, 3])  # tasks {0, 1}, {2, 3}
-    per_task = ham.accuracies(logits, labels, [range(2), range(2, 4)])
-    assert per_task == [50.0, 0.0]  # right; 2 instead of 1; 1 instead of 3; 2 instead of 3
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 5, 2], [0, 9, 1, 2], [0, 0, 7, 1], [0, 0, 0, 1]])
+    labels = torch.tensor([0, 1, 2, 2, 3])  # right; 2 instead of 1; 1 instead of 2; right; right
+    assert ham.accuracies(logits, labels, [range(3), range(3, 4)]) == [50.0, 100.0]
+    assert ham.accuracies(logits, labels, [range(1), range(1, 4)]) == [100.0, 50.0]
+
+
+def test_classes_not_seen_yet_are_never_predicted(folder, tmp_path, monkeypatch):
+    """Their rows are 0: they would win where all cosines of seen classes are negative."""
+    want = ham.run(config(folder, tmp_path / "a", method="frozen"))["accuracy_matrix"]
+    real = ham.cosine_logits
+    monkeypatch.setattr(
+        ham, "cosine_logits", lambda f, rows: real(f, rows) - 5 * (rows != 0).any(1)
+    )
+    assert ham.run(config(folder, tmp_path / "b", method="frozen"))["accuracy_matrix"] == want
 
 
 # ------------------------------------------------------------------------------------- Whole runs
