@@ -468,13 +468,16 @@ def open_run(vit, method, data):
             method.restore(state["method"])
         old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
     free = {"out", "data_dir", "device", "dataset", "weights"}  # digests tell the last two
-    free |= {"data_sha256"} - set(old)  # early runs have none
+    free |= {"images_sha256"} - set(old)  # early runs have none
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
     cfg, done = data.cfg, len(state["results"]["tasks"])
     print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}")
-    print(f"{folder}: lr {config.lr}, {config.precision}, {done} tasks are learnt", flush=True)
+    print(
+        f"{folder}: lr {config.lr}, {config.precision}, {done} of {config.tasks} tasks learnt",
+        flush=True,
+    )
     return folder, state
 
 
@@ -490,7 +493,7 @@ def about(vit, config, data):
     tagged = f"{cfg['architecture']}.{cfg.get('tag') or ''}".rstrip(".")  # whose mean and std
     found = {"model": config.model if ":" in config.model else tagged}
     found |= {"weights_sha256": config.weights and sha256(config.weights)}
-    found |= {"data_sha256": images.hexdigest()}
+    found |= {"images_sha256": images.hexdigest()}
     return {
         "config": asdict(config) | found | {"img_size": data.cfg["input_size"][-1]},
         "ham_sha256": sha256(__file__),
@@ -601,7 +604,8 @@ def load_data(config, vit):
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
-        raise InputError(f"--tasks {config.tasks}: needs two classes each, there are {len(order)}")
+        most = len(order) // 2  # one class alone has nothing to be told from
+        raise InputError(f"--tasks {config.tasks}: {len(order)} classes allow at most {most}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
@@ -695,7 +699,7 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"check timm's name, the weights (a Git LFS pointer?), {config.device}; --weights FILE?"
+    cure = f"check the name, the weights (a Git LFS pointer?), {config.device}; else --weights FILE"
     with input_error(f"{config.model}, {config.weights}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)

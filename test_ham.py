@@ -587,7 +587,7 @@ def test_class_order_is_the_public_one(folder, tmp_path):
 def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
     assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
     assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ham.InputError, match="--tasks 4: needs two classes each, there are 6"):
+    with pytest.raises(ham.InputError, match="--tasks 4: 6 classes allow at most 3"):
         loaded(folder, tmp_path, tasks=4)
 
 
@@ -1161,7 +1161,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, c
             patch.setattr(ham, name, stop)
             ham.run(config(folder, tmp_path / "parts", **settings))
         assert not list((tmp_path / "parts").rglob("results.json"))
-    assert "2 tasks are learnt" in capsys.readouterr().out
+    assert "2 of 3 tasks learnt" in capsys.readouterr().out
     ham.run(config(folder, tmp_path / "parts", **settings))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -1171,7 +1171,7 @@ def test_a_complete_run_is_not_run_again(folder, tmp_path, capsys):
     first = ham.run(c)
     (file,) = tmp_path.rglob("results.json")
     before = file.stat().st_mtime_ns
-    assert ham.run(c) == first and "3 tasks are learnt" in capsys.readouterr().out
+    assert ham.run(c) == first and "3 of 3 tasks learnt" in capsys.readouterr().out
     file.with_name("state.pt").unlink()  # committed results have none
     assert ham.run(c) == first and file.stat().st_mtime_ns == before
 
@@ -1205,7 +1205,7 @@ def test_a_run_with_other_settings_is_never_overwritten(folder, tmp_path):
             ham.run(dataclasses.replace(c, rank=8))
     file.unlink()  # what is left is the state of a stopped run
     with pytest.raises(
-        ham.InputError, match=r"other data_sha256 .*, images_per_class \(None\): choose"
+        ham.InputError, match=r"other images_per_class \(None\), images_sha256 .*: choose"
     ):
         ham.run(dataclasses.replace(c, images_per_class=4))
 
@@ -1253,7 +1253,7 @@ def test_a_stopped_run_refuses_other_images(change, folder, tmp_path, monkeypatc
     stop_in(0, moved, monkeypatch)  # goes on
     change(tmp_path / "b" / "set")
     with pytest.raises(
-        ham.InputError, match="holds a run with other data_sha256 .*: choose a --name"
+        ham.InputError, match="holds a run with other images_sha256 .*: choose a --name"
     ):
         ham.run(moved)
 
@@ -1384,14 +1384,14 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
         ("--dataset nowhere", "known are demo, cifar100, "),
         ("--dataset cifar100 --model vit_huge", "vit_huge"),
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
-        ("--dataset cifar100 --model resnet18 --weights x", "check timm's name"),
+        ("--dataset cifar100 --model resnet18 --weights x", "check the name"),
         ("--weights nowhere", "nowhere"),
         ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
         ("--layers ,", "qkv,proj,fc1,fc2"),
         ("--img-size 33", "33"),
         ("--device quantum", "quantum"),
         ("--device cuda:77", "cuda:77"),
-        ("--tasks 4 --method frozen", "needs two classes each, there are 6"),
+        ("--tasks 4 --method frozen", "6 classes allow at most 3"),
         (f"--name {'x' * 300}", "too long"),
         (f"--out {ROOT / 'ham.py'}", "ham.py"),
     ],
