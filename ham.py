@@ -604,8 +604,7 @@ def load_data(config, vit):
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
-        most = len(order) // 2  # one class alone has nothing to be told from
-        raise InputError(f"--tasks {config.tasks}: {len(order)} classes allow at most {most}")
+        raise InputError(f"--tasks {config.tasks}: {len(order)} classes: at most {len(order) // 2}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))

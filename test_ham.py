@@ -587,7 +587,7 @@ def test_class_order_is_the_public_one(folder, tmp_path):
 def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
     assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
     assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ham.InputError, match="--tasks 4: 6 classes allow at most 3"):
+    with pytest.raises(ham.InputError, match="--tasks 4: 6 classes: at most 3"):
         loaded(folder, tmp_path, tasks=4)
 
 
@@ -1391,7 +1391,7 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
         ("--img-size 33", "33"),
         ("--device quantum", "quantum"),
         ("--device cuda:77", "cuda:77"),
-        ("--tasks 4 --method frozen", "6 classes allow at most 3"),
+        ("--tasks 4 --method frozen", "6 classes: at most 3"),
         (f"--name {'x' * 300}", "too long"),
         (f"--out {ROOT / 'ham.py'}", "ham.py"),
     ],
@@ -1536,6 +1536,16 @@ def test_a_model_that_cannot_be_saved_or_adapted_is_refused_untrained(
     with pytest.raises(ham.InputError, match="one linear layer|not in this model"):
         ham.run(c)
     assert not list(tmp_path.rglob("state.pt"))
+
+
+def test_lora_is_on_every_block():
+    vit = timm.create_model("test_vit")
+    for layers in ("qkv", "qkv,proj", "fc1,fc2"):
+        inside = {"qkv": "attn", "proj": "attn", "fc1": "mlp", "fc2": "mlp"}
+        want = [f"blocks.{i}.{inside[x]}.{x}.weight" for i in range(6) for x in layers.split(",")]
+        w0 = ham.lora_layers(vit, layers)
+        assert [*w0] == want
+        assert all(torch.equal(w, vit.state_dict()[name]) for name, w in w0.items())
 
 
 @pytest.mark.parametrize("model", ["xcit_nano_12_p8_224", "test_vit2"])
