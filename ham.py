@@ -472,12 +472,9 @@ def open_run(vit, method, data):
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
-    cfg, done = data.cfg, len(state["results"]["tasks"])
+    cfg, done = data.cfg, f"{len(state['results']['tasks'])} of {config.tasks} tasks learnt"
     print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}")
-    print(
-        f"{folder}: lr {config.lr}, {config.precision}, {done} of {config.tasks} tasks learnt",
-        flush=True,
-    )
+    print(f"{folder}: lr {config.lr}, {config.precision}, {done}", flush=True)
     return folder, state
 
 
