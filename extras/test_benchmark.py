@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import ham
-from extras import benchmark
 
-pytest.importorskip("peft", reason="peft is not installed")
-pytest.importorskip("tabulate", reason="tabulate is not installed")
+for name in ("pandas", "peft", "tabulate"):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+
+from extras import benchmark  # noqa: E402, after what it needs
 
 
 @pytest.fixture
