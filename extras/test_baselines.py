@@ -271,7 +271,7 @@ def test_a_stopped_run_goes_on_to_the_same_figures(method, config, tmp_path, mon
         patch.setattr(ham, "accuracies", stop)
         figures("parts")
     assert figures("parts") == whole
-    assert "2 tasks are learnt" in capsys.readouterr().out
+    assert "2 of 3 tasks learnt" in capsys.readouterr().out
     assert figures("parts") == whole  # is complete: not run again
 
 

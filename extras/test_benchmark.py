@@ -10,7 +10,7 @@ import ham
 for name in ("pandas", "peft", "tabulate"):
     pytest.importorskip(name, reason=f"{name} is not installed")
 
-from extras import benchmark  # noqa: E402, after what it needs
+from extras import benchmark
 
 
 @pytest.fixture
