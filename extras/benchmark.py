@@ -48,6 +48,7 @@ class Bench:
         for module in vit.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn &= fused or "cuda" in self.config.device
+        vit.pretrained_cfg = vit.pretrained_cfg | {"input_size": self.x.shape[1:]}
         return vit.requires_grad_(False).eval().to(self.config.device)
 
     def autocast(self):
@@ -218,7 +219,7 @@ def loops(bench, args, folder):
         ham.train_task(vit, ham.HAM(ham.lora_layers(vit, "qkv"), config), data, 0)
 
     def usual():
-        cfg = timm.data.resolve_model_data_config(vit) | {"input_size": (3, side, side)}
+        cfg = timm.data.resolve_model_data_config(vit)
         transform = timm.data.create_transform(**cfg, is_training=True)
         images = timm.data.create_dataset("", root=folder / "train", transform=transform)
         loader = torch.utils.data.DataLoader(images, args.batch_size, shuffle=True)
