@@ -684,7 +684,8 @@ def decode(images, cfg):
         except Exception as error:  # noqa: BLE001 PIL has many
             return f"{images[i]} ({error})"
 
-    done = thread_map(load, range(len(images)), desc="decoding", leave=False, disable=None)
+    how = {"max_workers": os.cpu_count(), "desc": "decoding", "leave": False, "disable": None}
+    done = thread_map(load, range(len(images)), **how)
     if bad := [x for x in done if x]:
         raise InputError(f"{len(bad)} images cannot be read: {', '.join(bad[:3])}")
     return pixels
