@@ -1,11 +1,13 @@
 """HAM, Hierarchical Adapter Merging (arXiv 2509.13211), as a model of PILOT (tried: 5240714).
 
     cp ham.py PILOT/utils/; cp extras/lift/pilot.py PILOT/models/ham.py
-    utils/factory.py: elif name == "ham": from models.ham import Learner  # two lines
+    utils/factory.py, before its "else": elif name == "ham": from models.ham import Learner
+    python main.py --config=exps/ham.json
 
-exps/simplecil.json with "model_name": "ham", "epochs": 5, "batch_size": 32, and any setting of
-ham.py by its name. Unlike in ham.py's own run: PILOT's augmentation; fp32 by default, "precision".
-The batches and, with "shuffle", the class order are the same. Of several devices the first is used.
+exps/ham.json is exps/simplecil.json with "model_name": "ham", "epochs": 5, "batch_size": 32, and
+HAM's settings by name ("rank", "g_max", "lr", ...); its optimiser is not used. "device": [-1]: CPU.
+Unlike in ham.py's own run: PILOT's augmentation; fp32 by default, "precision". The batches and,
+with "shuffle", the class order are the same. Of several devices the first is used.
 """
 
 import logging
