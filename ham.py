@@ -516,6 +516,7 @@ def save(folder, vit, method, data, state):
         model.load_state_dict(vit.state_dict() | method.folded() | head, strict=True)
         how, names = {"img_size": data.cfg["input_size"][-1]}, {"label_names": data.names}
         timm.models.save_for_hf(model, folder, names, how, safe_serialization=True)
+        timm.create_model(f"local-dir:{folder}", pretrained=True)  # refuse what timm cannot read
     for file in (folder / "config.json", folder / "model.safetensors"):
         content = file.read_bytes()  # timm's is readable by its owner only, and not synced
         write(file, lambda f, content=content: f.write(content))
