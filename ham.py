@@ -55,21 +55,6 @@ from torchvision.datasets import CIFAR100, utils
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-
-class InputError(ValueError):
-    """A setting or file that the user can fix; the text says how. The command line exits with 2."""
-
-
-@contextlib.contextmanager
-def input_error(what, cure):
-    """Turn any exception inside, of whichever library, into an InputError of one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = re.split(r"(?<=\w)\. ", " ".join(str(error).split()))[0]  # then comes advice
-        raise InputError(f"{what}: {reason or type(error).__name__:.300}; {cure}") from error
-
-
 # -------------------------------------------------------------------------------------------- LoRA
 # (1)  W = W0 + Σ_j α_Gj ΔW_Gj + α_i B_i A_i        h = W x
 # Trained on task i: A_i, B_i, α_i and every α_Gj. Frozen: W0 and every ΔW_Gj (third-party review).
@@ -402,6 +387,20 @@ def measures(matrix, sizes):
 
 
 # --------------------------------------------------------------------------------------------- Run
+
+
+class InputError(ValueError):
+    """A setting or file that the user can fix; the text says how. The command line exits with 2."""
+
+
+@contextlib.contextmanager
+def input_error(what, cure):
+    """Turn any exception inside, of whichever library, into an InputError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = re.split(r"(?<=\w)\. ", " ".join(str(error).split()))[0]  # then comes advice
+        raise InputError(f"{what}: {reason or type(error).__name__:.300}; {cure}") from error
 
 
 def run(config):

@@ -1491,14 +1491,14 @@ def test_weights_that_are_none(change, says, ending, folder, tmp_path):
 
 
 def test_googles_npz_files_are_read(folder, tmp_path):
-    """A few of their arrays, laid out as Google's; timm reads them, and refuses without the others."""
+    """Weights laid out as Google's files hold them, read back as they were."""
     vit = timm.create_model("test_vit", num_classes=0)
     heads = vit.blocks[0].attn.num_heads
     arrays = {"embedding/kernel": vit.patch_embed.proj.weight.permute(2, 3, 1, 0)}
     arrays |= {"embedding/bias": vit.patch_embed.proj.bias, "cls": vit.cls_token}
     arrays["Transformer/posembed_input/pos_embedding"] = vit.pos_embed
-    for name, norm in {"encoder_norm": vit.norm}.items():
-        arrays |= {f"Transformer/{name}/scale": norm.weight, f"Transformer/{name}/bias": norm.bias}
+    arrays["Transformer/encoder_norm/scale"] = vit.norm.weight
+    arrays["Transformer/encoder_norm/bias"] = vit.norm.bias
     for i, block in enumerate(vit.blocks):
         at = f"Transformer/encoderblock_{i}/"
         for name, norm in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
@@ -1526,7 +1526,6 @@ def test_a_model_that_cannot_be_saved_or_adapted_is_refused_untrained(
 ):
     """Two heads; no attention."""
     monkeypatch.setattr(ham, "train_task", lambda *_: pytest.fail("trained"))
-    torch.save(timm.create_model(model).state_dict(), tmp_path / "w.pth")
     vit = ham.timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda *x, **how: vit(*x, **how | {"pretrained": False})
@@ -1558,7 +1557,7 @@ def test_other_vits_finish_and_are_saved_as_they_are(model, folder, tmp_path, mo
             timm, "create_model", lambda *x, **how: fresh(*x, **how | {"pretrained": False})
         )
         c = config(folder, tmp_path, model=model, weights=None, epochs=1, lr=1e-3)
-        vit, data = ham.build_vit(ham.resolve(c)), None
+        vit = ham.build_vit(ham.resolve(c))
         data = ham.load_data(ham.resolve(c), vit)
         method = ham.HAM(ham.lora_layers(vit, "qkv"), ham.resolve(c))
         ham.learn(vit, method, data)
@@ -1823,6 +1822,7 @@ def test_notebook_has_the_sections_of_the_file_and_runs_in_quick_mode():
     for f in [*equations, ham.prune, ham.shares, ham.merge, ham.train_task, ham.learn]:
         assert inspect.getsource(f).strip() in shown, f"{f.__name__} has changed: run the notebook"
     assert tempfile.gettempdir() not in str(notebook) and str(ROOT) not in str(notebook)
+    assert "site-packages" not in str(notebook)  # a warning's path, of whichever machine
     if not os.environ.get("CI"):
         pytest.skip("its cells are executed where CI is set: a minute")
     where = {"metadata": {"path": str(ROOT)}}

@@ -1,6 +1,6 @@
 """How fast a training step and a test image are, beside what limits them: results/benchmark-*.md.
 
-    python -m extras.benchmark                # DeiT-Tiny at 160 px; a quarter of an hour of a CPU
+    python -m extras.benchmark                # DeiT-Tiny at 160 px; ten minutes of a CPU
     python -m extras.benchmark --model vit_base_patch16_224 --img-size 224 --device cuda
 
 *bare* is the frozen ViT: forward and the gradient by its input, through all blocks. Nothing that
@@ -243,7 +243,7 @@ def arguments():
     parser.add_argument("--img-size", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=5, help="of the loop over image files")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
     parser.add_argument("--precision")
     args = parser.parse_args()
