@@ -24,6 +24,7 @@ M, n      m, n           int             groups so far; members of a group
 G_max     g_max          int             the most groups there may be (5)
 τ         tau            float           similarity above which a task joins a group (0.1)
 ρ         rho            float           fraction of entries of A and B that pruning keeps (0.9)
+R         group_rank     int             rank that a group is cut back to (None: not at all)
 T         tasks          int             number of tasks (10); C classes, D features, N images
 """
 
@@ -145,17 +146,30 @@ def shares(n, how):
     return {"solution": (new, 1.0), "mean": (new, new * n), "sum": (1.0, 1.0)}[how]
 
 
-def merge(updates, scales):
+def merge(updates, scales, rank=None):
     """(4) ΔW_G = Σ_m s_m ΔW_m for one layer, by concatenating factors along the rank (review).
 
     updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a) while these are
     smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
+    rank: that of a group, so that it does not grow with its members (`truncate`; our choice).
     """
     if not all(isinstance(update, tuple) for update in updates):
         return sum(s * dense(update) for s, update in zip(scales, updates, strict=True))
     b = torch.cat([s * b for s, (b, _) in zip(scales, updates, strict=True)], dim=1)  # (d, Σ r_m)
     a = torch.cat([a for _, a in updates], dim=0)  # (Σ r_m, k)
+    b, a = truncate(b, a, rank) if rank and rank < len(a) else (b, a)
     return (b, a) if b.numel() + a.numel() < b.shape[0] * a.shape[1] else b @ a
+
+
+def truncate(b, a, rank):
+    """The matrix of a given rank nearest to B A. b (d, n), a (n, k) -> (d, rank), (rank, k)
+
+    Off by √(Σ σ²) of the singular values σ dropped, the least there is (Eckart and Young). With
+    B = Q R and Aᵀ = P S only the core R Sᵀ (n, n) is decomposed, never a (d, k) matrix.
+    """
+    (q, r), (p, s) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, sigma, v = torch.linalg.svd(r @ s.T)
+    return q @ u[:, :rank] * sigma[:rank], v[:rank] @ p.T
 
 
 # --------------------------------------------------------------------------------------------- HAM
@@ -246,7 +260,7 @@ class HAM:
             updates, scales = [(prune(b, rho), prune(a, rho))], [alpha * new]  # (3)
             if group.members:
                 updates, scales = [*updates, group.delta_w[name]], [*scales, group.alpha * old]
-            group.delta_w[name] = merge(updates, scales)  # (4)
+            group.delta_w[name] = merge(updates, scales, self.config.group_rank)  # (4)
         group.members.append(task)
         group.alpha = 1.0  # the old α_G is in ΔW_G now; other groups keep theirs (our choice)
 
@@ -288,6 +302,7 @@ class Average(HAM):
 
 
 ALONE = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
+ALONE |= {"group_rank": None}
 METHODS = {  # its class, and the settings that it does not leave open
     "ham": (HAM, {}),
     "sequential": (Sequential, {"train_alpha": False}),
@@ -426,12 +441,12 @@ def learn(vit, method, data, loss=task_loss):
         start, classes, record = time.perf_counter(), data.tasks[task], {}
         if method.w0:
             trained, mean_loss = train_task(vit, method, data, task, loss)  # (1)
+            if not math.isfinite(mean_loss):
+                raise InputError(f"task {task + 1}: loss is not finite; lower --lr {config.lr}")
             record = {"loss": mean_loss} | method.finish(task, trained)  # (2), (3), (4)
             class_rows["head"][list(classes)] = trained.head.detach()
         middle, weights, seen = time.perf_counter(), method.folded(), classes[-1] + 1
         means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
-        if not means.isfinite().all():
-            raise InputError(f"task {task + 1}: features are not finite; lower --lr {config.lr}")
         class_rows["class-mean"][list(classes)] = means
         features, labels = extract(vit, weights, data, "test", range(seen), config)
         logits = cosine_logits(features, class_rows[config.read_out][:seen])
@@ -760,6 +775,7 @@ class Config:
     tau: float = 0.1  # join if more similar; 1: the first g_max tasks open groups (ours)
     g_max: int = 5  # most groups (that there is one: abstract; 5: ours)
     rho: float = 0.9  # fraction of A and of B that pruning keeps (ours)
+    group_rank: int = None  # R, rank that a group is cut back to; default: it grows (ours)
     merge: Literal["solution", "mean", "sum"] = "solution"  # a newcomer's share: `shares` (ours)
     train_alpha: bool = True  # train alpha_i and every alpha_G (review); off: they stay 1
     read_out: Literal["class-mean", "head"] = "class-mean"  # what classifies (ours)

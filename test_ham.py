@@ -314,6 +314,45 @@ def test_merge_concatenates_along_the_rank_until_dense_is_smaller():
             assert group[0].shape == (d, r * (n + 1)) and group[1].shape == (r * (n + 1), k)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_truncate_is_the_nearest_matrix_of_its_rank(rank):
+    """Against the SVD of the dense matrix; what is lost is the singular values dropped."""
+    b, a = (x.double() for x in updates(1, "factors", 12, 20, 6)[0])
+    u, sigma, v = torch.linalg.svd(b @ a, full_matrices=False)
+    want = u[:, :rank] * sigma[:rank] @ v[:rank]
+    b_cut, a_cut = ham.truncate(b, a, rank)
+    assert b_cut.shape == (12, rank) and a_cut.shape == (rank, 20)
+    torch.testing.assert_close(b_cut @ a_cut, want)
+    torch.testing.assert_close((b @ a - b_cut @ a_cut).norm(), sigma[rank:].norm())
+
+
+def test_merge_cuts_a_group_back_to_its_rank():
+    members, scales = updates(3, "factors", 20, 30), [0.5, 1.5, -0.7]  # of rank 2, 6 together
+    whole = ham.merge(members, scales)
+    assert all(torch.equal(x, y) for x, y in zip(ham.merge(members, scales, 6), whole))  # as it is
+    cut = ham.merge(members, scales, 2)
+    assert cut[0].shape == (20, 2) and cut[1].shape == (2, 30)
+    torch.testing.assert_close(ham.dense(cut), ham.dense(ham.truncate(*whole, 2)))
+
+
+def test_groups_of_a_fixed_rank_do_not_grow_with_the_tasks():
+    """Six tasks in two groups of rank 3, each merge brute-forced by the SVD of the dense group."""
+    random, w0 = torch.Generator().manual_seed(0), {"x": torch.zeros(30, 20).double()}
+    config = ham.Config(g_max=2, rho=0.5, rank=2, group_rank=3, train_alpha=False)
+    method, want = ham.HAM(w0, config), [torch.zeros(30, 20).double() for _ in range(2)]
+    for task in range(6):
+        j, n = task % 2, task // 2
+        b, a = (torch.randn(x, generator=random).double() for x in ((30, 2), (2, 20)))
+        if n == 0:
+            method.groups.append(ham.Group({}))
+        method.join(method.groups[j], task, {"x": (b, a)}, 0.8)
+        added = want[j] + 0.8 / (n + 1) * ham.prune(b, 0.5) @ ham.prune(a, 0.5)
+        u, sigma, v = torch.linalg.svd(added)
+        want[j] = u[:, :3] * sigma[:3] @ v[:3]
+        torch.testing.assert_close(ham.dense(method.groups[j].delta_w["x"]), want[j])
+    assert {x.numel() for g in method.groups for x in g.delta_w["x"]} == {90, 60}
+
+
 def test_merge_equals_peft_cat():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     members, scalars = updates(3, "factors", 6, 8, 1), [0.5, 1.5, -0.7]
