@@ -102,7 +102,16 @@ SUPER = f"{I50} --superclasses"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
-# 5. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
+# 5. Groups cut back to a fixed rank, so that storage does not grow with the tasks
+for tasks in (20, 50, 10):
+    for rank in (8, 16):
+        add("cifar100", tasks, "ham", f"{I50} --group-rank {rank}", f"i50-R{rank}")
+add("cifar100", 20, "ham", f"{I50} --group-rank 8", "i50-R8", MORE)
+add("cifar100", 20, "ham", f"{I50} --group-rank 8 --grouping random", "i50-R8-random")
+add("cub200", 100, "ham", seeds=ONE)
+add("cub200", 100, "ham", "--group-rank 8", "R8", ONE)
+
+# 6. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
 for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{again}", ONE)
 
