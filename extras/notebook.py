@@ -1,25 +1,74 @@
-"""What reproduce.ipynb has out of sight: how it shows code, pictures and tables."""
+"""What reproduce.ipynb has out of sight: its settings, how it watches a run, how it shows things."""
 
+import contextlib
+import dataclasses
 import inspect
 import io
 import re
+import tempfile
 import textwrap
 
 import matplotlib.pyplot as plt
+import torch
 from IPython.display import HTML, Markdown
 from PIL import Image
 
-BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#999999"  # Okabe-Ito
-LOOKS = [(BLUE, "-", "o"), (RED, "--", "s"), (GREEN, "-.", "v"), ("black", ":", "^")]
-LOOKS = [*LOOKS, (ORANGE, (0, (6, 1, 1, 1, 1, 1)), "D")]  # five lines at most in a panel
-LOOKS = [dict(zip(("color", "linestyle", "marker"), look)) for look in LOOKS]
+import ham
+from extras import demo
+
+CIFAR = ham.Config(
+    dataset="cifar100",
+    tasks=20,
+    images_per_class=50,
+    test_images_per_class=50,
+    model="deit_tiny_patch16_224.fb_in1k",
+    weights="data/deit_tiny_patch16_224.safetensors",
+    img_size=160,
+)
 
 
-def style():
-    """How matplotlib draws in the notebook."""
-    plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 11})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"figure.facecolor": "white", "legend.frameon": False})
+FOLDER = tempfile.TemporaryDirectory()  # drawings and results of the notebook; gone when it ends
+
+
+def configured(method, quick):
+    """What `python ham.py --method METHOD` runs, or that on CIFAR-100. -> Config, resolved"""
+    where = {"method": method, "out": FOLDER.name}
+    if quick:
+        return ham.resolve(demo.made(ham.Config(**where, data_dir=FOLDER.name)))
+    rate = ham.LEARNING_RATE.get(method)  # so few images are below the law's bend
+    return ham.resolve(dataclasses.replace(CIFAR, **where, lr=rate))
+
+
+class Watched(ham.HAM):
+    """HAM as it is; it only keeps every task's adapter, and the path of loss and scalars."""
+
+    def __init__(self, w0, config):
+        super().__init__(w0, config)
+        self.adapters, self.path = [], []
+
+    def finish(self, task, trained):
+        self.adapters.append(trained.detached())
+        return super().finish(task, trained)
+
+    def loss(self, trained, features, labels):
+        value = ham.task_loss(trained, features, labels)
+        self.path.append([value.item(), trained.alpha.item(), *trained.alpha_groups.tolist()])
+        return value
+
+
+def quietly(f, *arguments):
+    """-> f(*arguments), the lines that it printed"""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = f(*arguments)
+    return result, printed.getvalue().splitlines()
+
+
+def first_images(data):
+    """The first training image of each task, side by side."""
+    strip = torch.cat([data.images("train", task)[0][0] for task in data.tasks], dim=2)
+    strip = Image.fromarray(strip.permute(1, 2, 0).numpy())
+    larger = max(1, 900 // strip.width)
+    return strip.resize([larger * side for side in strip.size], Image.NEAREST).quantize(64)
 
 
 def show(*objects):

@@ -123,6 +123,16 @@ def program(flags):
     return ["-m", "extras.baselines"] if ours else ["ham.py"]
 
 
+def command(name):
+    """As typed; of a run that is there with the threads and the precision that it had."""
+    file, threads, precision = ROOT / "results" / name / "results.json", "", ""
+    if file.is_file():
+        run = json.loads(file.read_text("utf-8"))
+        threads = f"OMP_NUM_THREADS={run['hardware'].split()[-2]} "
+        precision = f" --precision {run['config']['precision']}"
+    return f"{threads}python {' '.join(program(RUNS[name]))} {RUNS[name].strip()}{precision}"
+
+
 def commit():
     """HEAD of the project's repository, -dirty where files differ from it; None without git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -164,7 +174,9 @@ def main():
     parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the machine")
     parser.add_argument("--shard", default="1/1", help="I/N: every N-th run, from the I-th on")
-    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print every run's command, run nothing"
+    )
     args, source = parser.parse_args(), commit()  # what is committed later is not what ran
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
     first, step = map(int, args.shard.split("/"))
@@ -173,7 +185,7 @@ def main():
     if args.list:
         for name in wanted:
             state = "done   " if name in done else "missing"
-            print(f"{state} python {' '.join(program(RUNS[name]))} {RUNS[name]}")
+            print(f"{state} {command(name)}")
         return
     wanted = [name for name in wanted if name not in done]
     every, gpus = ",".join(map(str, range(torch.cuda.device_count()))), queue.SimpleQueue()

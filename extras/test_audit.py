@@ -34,7 +34,12 @@ def runs(setting, row):
         data, *part, tasks = setting.split(", ")
         name = {"50 per class": "-i50", "250 per class": "-i250", "all images": "-160px"}
         part = "-224px" if "224 px" in part else name[part[0]] if part else ""
+        if row.startswith("ham, R = "):  # groups of a fixed rank
+            row, rank = row.split(", R = ")
+            part += f"-R{rank.replace(', ', '-')}"
         tasks = "T1" if row == "joint" else tasks.replace(" = ", "")
+        row, *law = row.split(", by the ")  # sequential, by the law
+        part += "-law" if law else ""
         folder = f"{data.lower().replace('-', '')}-{tasks}-{row}{part}"
     files = RESULTS.glob(f"{folder}-s[0-9]*/results.json")
     return {(r := json.loads(f.read_text("utf-8")))["config"]["seed"]: r for f in files}

@@ -1,4 +1,4 @@
-"""Draw results/method.svg, the picture of the method in README.md: `python -m extras.figure`."""
+"""Draw results/method.svg, the picture of the method in README.md: `python -m extras.method_svg`."""
 
 from pathlib import Path
 
