@@ -28,6 +28,10 @@ R         group_rank     int             rank that a group is cut back to (None:
 T         tasks          int             number of tasks (10); C classes, D features, N images
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "timm>=1.0.22", "numpy>=1.26", "tqdm>=4.66"]
+# ///
 import argparse
 import contextlib
 import copy
@@ -302,7 +306,6 @@ class Average(HAM):
 
 
 ALONE = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
-ALONE |= {"group_rank": None}
 METHODS = {  # its class, and the settings that it does not leave open
     "ham": (HAM, {}),
     "sequential": (Sequential, {"train_alpha": False}),

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -1689,6 +1690,9 @@ def test_defaults_in_the_glossary_and_six_requirements():
     assert f"number of tasks ({c.tasks})" in ham.__doc__
     names = re.findall("^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert sorted(names) == ["numpy", "pytest", "timm", "torch", "torchvision", "tqdm"]
+    head = re.search(r"(?ms)^# /// script$(.*?)^# ///$", (ROOT / "ham.py").read_text("utf-8"))[1]
+    for line in (ROOT / "requirements.txt").read_text().split():  # `uv run ham.py` takes these
+        assert f'"{line}"' in head or line.startswith("pytest")
     tree = ast.parse((ROOT / "ham.py").read_text("utf-8"))
     used = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
     used |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
@@ -1804,7 +1808,7 @@ def test_readme_loop_has_the_matrix_of_ham_py(folder, tmp_path, monkeypatch):
         assert one.members == other.members and one.alpha == other.alpha
 
 
-def test_readme_groups_of_peft_adapters(folder, monkeypatch):
+def test_groups_of_peft_adapters(folder, monkeypatch):
     """The adapter loaded back is W0 + Σ ΔW_G; each with B that is not 0."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     vit = timm.create_model("test_vit", num_classes=0).eval()
@@ -1820,8 +1824,7 @@ def test_readme_groups_of_peft_adapters(folder, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: vit)
     monkeypatch.setattr(peft, "get_peft_model", trained_by_chance)
-    given = {}
-    exec(snippet("import peft"), given)  # noqa: S102
+    given = runpy.run_path(str(ROOT / "extras" / "lift" / "peft_adapters.py"))
     x, groups = torch.randn(2, 3, 160, 160), given["method"].groups
     assert [g.members for g in groups] in ([[0, 2], [1]], [[0], [1, 2]])
     with torch.no_grad():

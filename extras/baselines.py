@@ -609,7 +609,8 @@ class Config(ham.Config):
 
 
 # Which methods have a setting that not all have; any other one is refused it.
-HAVE = {k: {"ham"} for k in ("tau", "g_max", "rho", "group_rank", "merge", "grouping", "gain")}
+HAVE = {k: {"ham"} for k in ("tau", "g_max", "rho", "merge", "grouping", "gain")}
+HAVE |= {"group_rank": {"ham", "average"}}
 HAVE |= {k: {"ham", "sd_lora"} for k in ("train_alpha", "lr_alpha")}
 HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
 

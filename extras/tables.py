@@ -40,6 +40,9 @@ SETTINGS = {  # in which methods are compared: data set, tasks, --name
     "CUB-200, T = 20": ("cub200", 20, ""),
     "CUB-200, T = 100": ("cub200", 100, ""),
 }
+HEADLINE = {"CIFAR-100, 50 per class, T = 20": "CIFAR-100, T = 20"}
+HEADLINE |= {"CIFAR-100, 50 per class, T = 50": "CIFAR-100, T = 50"}
+HEADLINE |= {"CUB-200, T = 10": "CUB-200, T = 10"}
 CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; what is changed: --name
     "random classes": {
         "ham": "i50",
@@ -180,12 +183,24 @@ def markdown(table):
 
 def headline(results=RESULTS):
     """Final accuracy of HAM and its controls: mean ± half of the 95 % interval (seeds)."""
-    shown = {f"CIFAR-100, 50 per class, T = {t}": f"CIFAR-100, T = {t}" for t in (20, 50)}
-    shown |= {"CUB-200, T = 10": "CUB-200, T = 10"}
-    final = by_seed(runs(results, [*shown]))
+    final = by_seed(runs(results, [*HEADLINE]))
     table = final.agg(lambda x: f"{cell(x, spread=half)} ({x.count()})").unstack()
-    table = table.reindex(CONTROLS, columns=shown).astype(object).fillna("–")
-    return table.rename(columns=shown).rename_axis("method")
+    table = table.reindex(CONTROLS, columns=HEADLINE).astype(object).fillna("–")
+    return table.rename(columns=HEADLINE).rename_axis("method")
+
+
+def first_runs(results=RESULTS):
+    """What the headline's runs of HAM with the first seed print, and how long they took."""
+    r = runs(results, [*HEADLINE], ["ham"]).drop_duplicates("setting")
+    seconds = [sum(sum(task["seconds"].values()) for task in tasks) for tasks in r["tasks"]]
+    table = pd.DataFrame(
+        {
+            "last line": [f"final accuracy {x:.1f} %" for x in r["final_accuracy"]],
+            "minutes": [f"{x / 60:.0f}" for x in seconds],
+            "on": r["hardware"] + ", " + r["config.precision"],
+        }
+    )
+    return table.set_axis(r["setting"].map(HEADLINE)).rename_axis("run")
 
 
 def controls(results=RESULTS):
@@ -367,13 +382,13 @@ def grid(paper=None, results=RESULTS):
 def one(run):
     """One run as a line of the grid. run: what ham.run returns, a results.json holds"""
     c, keys = run["config"], ["final accuracy", "average incremental", "forgetting", "learning"]
-    about = {"data set": DATA.get(c["dataset"], c["dataset"]), "T": f"{c['tasks']}"}
+    about = {"data set": DATA.get(c["dataset"], Path(c["dataset"]).name), "T": f"{c['tasks']}"}
     about |= {"method": c["method"], "seed": f"{c['seed']}"}
     about |= {key: f"{run[COLUMNS[key][0]]:.1f}" for key in keys}
     return pd.DataFrame([about]).set_index("data set")
 
 
-TABLES = [headline, controls, growth, parts, fixed_rank, others, noise, demo]
+TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, noise, demo]
 TABLES = {table.__name__: table for table in [*TABLES, settings, measures, held_out, grid]}
 
 

@@ -60,6 +60,8 @@ def test_the_headline_has_intervals_and_seeds(results):
         "joint": "76.0 (1)",
     }
     assert (tables.headline(results)["CUB-200, T = 10"] == "–").all()
+    first = tables.first_runs(results).loc["CIFAR-100, T = 20"]
+    assert first.tolist() == ["final accuracy 70.0 %", "0", "cpu, fp32"]
 
 
 def test_holm_by_hand():
