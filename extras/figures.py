@@ -1,9 +1,10 @@
-"""Pictures of results/ and of one run, for README.md and reproduce.ipynb. Each returns a Figure."""
+"""Pictures of results/ and of one run, for README.md and reproduce.ipynb."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 import ham
 
@@ -81,6 +82,14 @@ def stored(runs, controls):
 
 # -------------------------------------------------------------------------------------- Of one run
 # path: per step the loss, α_i and every α_G. records: results.json's `tasks`.
+
+
+def first_images(data):
+    """The first training image of each task, side by side."""
+    strip = torch.cat([data.images("train", task)[0][0] for task in data.tasks], dim=2)
+    strip = Image.fromarray(strip.permute(1, 2, 0).numpy())
+    larger = max(1, 900 // strip.width)
+    return strip.resize([larger * side for side in strip.size], Image.NEAREST).quantize(64)
 
 
 def scalars(path, total):

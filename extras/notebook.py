@@ -9,7 +9,6 @@ import tempfile
 import textwrap
 
 import matplotlib.pyplot as plt
-import torch
 from IPython.display import HTML, Markdown
 from PIL import Image
 
@@ -61,14 +60,6 @@ def quietly(f, *arguments):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = f(*arguments)
     return result, printed.getvalue().splitlines()
-
-
-def first_images(data):
-    """The first training image of each task, side by side."""
-    strip = torch.cat([data.images("train", task)[0][0] for task in data.tasks], dim=2)
-    strip = Image.fromarray(strip.permute(1, 2, 0).numpy())
-    larger = max(1, 900 // strip.width)
-    return strip.resize([larger * side for side in strip.size], Image.NEAREST).quantize(64)
 
 
 def show(*objects):
