@@ -46,32 +46,27 @@ def note(x, y, text):
 def method():
     """-> the picture, SVG"""
     groups = [box(615, y, 110, 44, [f"group {k}", "ΔW_G, α_G"]) for k, y in ((1, 40), (3, 180))]
+    added = "α_i P(B_i) P(A_i) / (n + 1)"
     parts = [
         box(5, 20, 155, 60, ["images of task i", "seen once, not kept"]),
         box(5, 120, 155, 84, ["train (1)", "W0 + Σ α_G ΔW_G", "+ α_i B_i A_i"]),
         note(82, 228, "only α, B_i, A_i learn"),
         box(190, 132, 150, 60, ["adapter of task i", "B_i A_i, α_i"], "new"),
         box(
-            365, 20, 220, 84, ["choose a group (2)", "the most similar by cosine,", "or a new one"]
+            357, 20, 228, 84, ["choose a group (2)", "the most similar by cosine,", "or a new one"]
         ),
-        box(
-            365,
-            140,
-            220,
-            84,
-            ["prune (3), scale, merge (4)", "ΔW_G ← α_G ΔW_G +", "α_i P(B_i) P(A_i) / (n + 1)"],
-        ),
+        box(357, 140, 228, 84, ["prune, scale, merge (3, 4)", "ΔW_G ← α_G ΔW_G +", added]),
         *groups,
         box(615, 110, 110, 44, ["group 2", "ΔW_G, α_G"], "new"),
         note(670, 248, "at most G_max"),
-        box(765, 90, 130, 84, ["one module", "W0 + Σ α_G ΔW_G", "no task id"]),
+        box(755, 90, 142, 84, ["one module", "W0 + Σ α_G ΔW_G", "no task id"]),
         arrow((82, 80), (82, 120)),
         arrow((160, 162), (190, 162)),
-        arrow((267, 132), (267, 62), (365, 62)),
-        arrow((477, 104), (477, 140)),
+        arrow((267, 132), (267, 62), (357, 62)),
+        arrow((471, 104), (471, 140)),
         arrow((585, 165), (600, 165), (600, 132), (615, 132)),
-        arrow((725, 132), (765, 132)),
-        line((725, 62), (745, 62), (745, 202), (725, 202)),
+        arrow((725, 132), (755, 132)),
+        line((725, 62), (740, 62), (740, 202), (725, 202)),
     ]
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 260" role="img">'
     title = "<title>Adapter, group, one module: how HAM takes in a task</title>"
