@@ -489,6 +489,18 @@ def test_safm_needs_no_task():
     assert measured["task_known_accuracy"] == pytest.approx(100 * known / 54)
 
 
+def test_a_search_evaluates_on_all_images_half_way_and_at_the_end(config, tmp_path):
+    c = config(out=str(tmp_path), tasks=4)
+    line = screen.screen(screen.Config(**dataclasses.asdict(c)))
+    vit, method, data, loss = baselines.prepare(dataclasses.replace(c, validate=True))
+    curve = [task["accuracy"] for task in ham.learn(vit, method, data, loss)["tasks"]]
+    assert line["class-mean"] == [curve[1], curve[3]]
+    seen = [screen.Sparse(**vars(data)).images("test", range(t[-1] + 1))[1] for t in data.tasks]
+    per_task = data.sizes("test")
+    want = [per_task[0], sum(per_task[:2]), data.tasks[2][-1] + 1, sum(per_task)]
+    assert [len(labels) for labels in seen] == want
+
+
 @pytest.mark.parametrize("method", ["safm", "ham"])
 def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tmp_path, capsys):
     c = config(method=method, out=str(tmp_path), tasks=4, images_per_class=2)
