@@ -1,10 +1,10 @@
 """HAM, Hierarchical Adapter Merging (arXiv 2509.13211), in one file. Unofficial.
 
 A frozen vision transformer learns tasks 1..T with disjoint classes, one after the other, keeping no
-image and never being told the task. Each task trains a LoRA adapter and an importance scalar on top
-of the groups so far; by cosine similarity the adapter joins one of at most G_max groups; there it
-is pruned, scaled and merged. For inference all groups are folded into the weights. So the hierarchy
-is adapters, groups, one module.
+image and not being told the task at test time. Each task trains a LoRA adapter and an importance
+scalar on top of the groups so far; by cosine similarity the adapter joins one of at most G_max
+groups; there it is pruned, scaled and merged. For inference all groups are folded into the weights:
+adapters, groups, one module are the hierarchy.
 
     python ham.py                                  # demo: nothing to download
     python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: needs a GPU)
@@ -18,7 +18,7 @@ W0        w0             (d, k)          a frozen weight, d outputs, k inputs, o
 B_i, A_i  b, a           (d, r), (r, k)  LoRA factors of task i (r = 8); ΔW_i = B_i A_i
           adapter        layer: (b, a)   those of all layers, a dict; `flat` makes it one vector
 α_i       alpha          ()              importance of task i's adapter
-ΔW_G      Group.delta_w  layer: (d, k)   adapter of a group; while smaller: (d, r n), (r n, k)
+ΔW_G      Group.delta_w  layer: (d, k)   adapter of a group; or (d, r n), (r n, k) if smaller
 α_G       alpha_groups   (M,)            one importance per group (Group.alpha), all trained
 M, n      m, n           int             groups so far; members of a group
 G_max     g_max          int             the most groups there may be (5)
@@ -78,7 +78,7 @@ def effective_weight(w0, delta_w_groups, alpha_groups, b, a, alpha):
 def new_adapter(w0, rank, seed):
     """B = 0, so that it changes no output; A uniform in ±1/√k, as LoRA's Kaiming with a = √5.
 
-    w0: dict layer: (d, k) -> dict layer: (b (d, r), a (r, k)). One A for all tasks: our choice.
+    w0: dict layer: (d, k) -> dict layer: (b (d, r), a (r, k)). Every task starts from one A: ours.
     """
     random, adapter = torch.Generator().manual_seed(seed), {}
     for name, w in w0.items():
@@ -89,7 +89,7 @@ def new_adapter(w0, rank, seed):
 
 
 # ------------------------------------------------------------------------------------------- Group
-# (2)  s_j = cos(ΔW_i, ΔW_Gj); join the most similar group if s > τ; else open one while M < G_max;
+# (2)  s_j = cos(ΔW_i, ΔW_Gj); join the most similar group if s_j > τ; else open one if M < G_max;
 #      else join it all the same
 
 
@@ -155,7 +155,7 @@ def merge(updates, scales, rank=None):
 
     updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a) while these are
     smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
-    rank: that of a group, so that it does not grow with its members (`truncate`; our choice).
+    rank: to which factors are cut back, so that a group does not grow (`truncate`; our choice).
     """
     if not all(isinstance(update, tuple) for update in updates):
         return sum(s * dense(update) for s, update in zip(scales, updates, strict=True))
@@ -168,12 +168,12 @@ def merge(updates, scales, rank=None):
 def truncate(b, a, rank):
     """The matrix of a given rank nearest to B A. b (d, n), a (n, k) -> (d, rank), (rank, k)
 
-    Off by √(Σ σ²) of the singular values σ dropped, the least there is (Eckart and Young). With
-    B = Q R and Aᵀ = P S only the core R Sᵀ (n, n) is decomposed, never a (d, k) matrix.
+    In Frobenius norm off by √(Σ σ²) of the singular values σ dropped, the least there is. With
+    B = Q U and Aᵀ = P V only the core U Vᵀ, at most (n, n), is decomposed, never a (d, k) matrix.
     """
-    (q, r), (p, s) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, sigma, v = torch.linalg.svd(r @ s.T)
-    return q @ u[:, :rank] * sigma[:rank], v[:rank] @ p.T
+    (q, u), (p, v) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    left, sigma, right = torch.linalg.svd(u @ v.T, full_matrices=False)
+    return q @ left[:, :rank] * sigma[:rank], right[:rank] @ p.T
 
 
 # --------------------------------------------------------------------------------------------- HAM
@@ -185,14 +185,14 @@ class Group:
 
     delta_w: dict  # layer: (b, a) or (d, k)
     alpha: float = 1.0
-    members: list = field(default_factory=list)
+    members: list = field(default_factory=list)  # tasks, counted from 0
 
 
 class Trainable:
     """What task i trains (adapter, alpha, alpha_groups, head), and the frozen groups under it."""
 
     def __init__(self, w0, groups, config, adapter=None):
-        """Leaf tensors. α_i starts at 1, each α_G where the task before left it (our choice)."""
+        """adapter: to start from, default new. α_i starts at 1, α_G where it was left (ours)."""
         adapter = adapter or new_adapter(w0, config.rank, config.seed)
         tensor = next(iter(w0.values())).new_tensor
         self.alpha = tensor(1.0).requires_grad_(config.train_alpha)
@@ -212,9 +212,9 @@ class Trainable:
         return weights
 
     def begin(self, features, labels, classes, config, steps):
-        """Head of class means (ours). features (n, D), labels (n,) -> optimiser, schedule"""
+        """Head of class means (ours). features (n, D), labels (n,), steps -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Not `class_means`: rows of length 1 are shorter, and would turn too far at this rate.
+        # Not `class_means`: its rows of length 1 are shorter, and would turn too far at this rate.
         self.head = torch.stack([features[labels == c].mean(0) for c in classes]).requires_grad_()
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
@@ -254,11 +254,11 @@ class HAM:
         return scalars | {"group": j, "similarities": similarities, "group_sizes": sizes}
 
     def choose(self, task, similarities):
-        """(2) The number of the group that task i joins, or M for a new one: to be overridden."""
+        """(2) The index of the group that task i joins, or M for a new one: to be overridden."""
         return assign_group(similarities, self.config.tau, self.config.g_max)
 
     def join(self, group, task, adapter, alpha):
-        """Put task i into a group, in place; a new one becomes α_i P(B_i) P(A_i)."""
+        """Put task i into a group, in place; an empty one becomes α_i P(B_i) P(A_i), cut back."""
         rho, (new, old) = self.config.rho, shares(len(group.members), self.config.merge)
         for name, (b, a) in adapter.items():
             updates, scales = [(prune(b, rho), prune(a, rho))], [alpha * new]  # (3)
@@ -298,7 +298,7 @@ class Sequential(HAM):
 
 
 class Average(HAM):
-    """The mean of adapters that are trained each alone: one group, α = 1, nothing pruned."""
+    """The mean of adapters trained separately: one group, α = 1, nothing pruned or cut back."""
 
     def start(self):
         """A new adapter on the bare model."""
@@ -306,10 +306,10 @@ class Average(HAM):
 
 
 ALONE = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
-METHODS = {  # its class, and the settings that it does not leave open
+METHODS = {  # its class, and the settings that it overrides
     "ham": (HAM, {}),
     "sequential": (Sequential, {"train_alpha": False}),
-    "average": (Average, ALONE),
+    "average": (Average, ALONE | {"group_rank": None}),
     "joint": (Sequential, {"train_alpha": False, "tasks": 1}),
     "frozen": (HAM, {"read_out": "class-mean"}),  # `run` gives it no layers: nothing is trained
 }
@@ -619,14 +619,14 @@ def load_data(config, vit):
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     if 2 * config.tasks > len(order):
-        raise InputError(f"--tasks {config.tasks}: {len(order)} classes: at most {len(order) // 2}")
+        raise InputError(f"--tasks {config.tasks}: each needs 2 classes, there are {len(order)}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
         if config.validate:  # the last 10 %, at least 3
             train, test = np.split(train, [-max(3, len(train) // 10)])
         if not len(train) or not len(test):
-            raise InputError(f"{names[label]}: {len(train)} training and {len(test)} test images")
+            raise InputError(f"{names[label]} needs images: {len(train)} train, {len(test)} test")
         chosen["train"].append(train[: config.images_per_class])
         chosen["test"].append(test[: config.test_images_per_class])
     for part, rows in chosen.items():
@@ -714,7 +714,7 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"check the name, the weights (a Git LFS pointer?), {config.device}; else --weights FILE"
+    cure = f"check --model (a ViT?), --weights (its own? an LFS pointer?), --device {config.device}"
     with input_error(f"{config.model}, {config.weights}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
@@ -775,23 +775,23 @@ class Config:
     method: Literal[tuple(METHODS)] = "ham"  # ham, or a control; the demo runs three
     rank: int = 8  # r, rank of an adapter (ours)
     layers: str = "qkv"  # layers with LoRA, any of qkv,proj,fc1,fc2 (ours)
-    tau: float = 0.1  # join if more similar; 1: the first g_max tasks open groups (ours)
-    g_max: int = 5  # most groups (that there is one: abstract; 5: ours)
+    tau: float = 0.1  # join only above this cosine; 1: the first g_max tasks open groups (ours)
+    g_max: int = 5  # most groups (a limit: abstract; 5: ours)
     rho: float = 0.9  # fraction of A and of B that pruning keeps (ours)
-    group_rank: int = None  # R, rank that a group is cut back to; default: it grows (ours)
-    merge: Literal["solution", "mean", "sum"] = "solution"  # a newcomer's share: `shares` (ours)
+    group_rank: int = None  # R, rank to which a group is cut at each merge; default: none (ours)
+    merge: Literal["solution", "mean", "sum"] = "solution"  # weights in a group: `shares` (ours)
     train_alpha: bool = True  # train alpha_i and every alpha_G (review); off: they stay 1
-    read_out: Literal["class-mean", "head"] = "class-mean"  # what classifies (ours)
+    read_out: Literal["class-mean", "head"] = "class-mean"  # classifier at test time (ours)
     epochs: int = 5  # epochs per task (ours)
     batch_size: int = 32  # images per step (ours)
-    lr: float = None  # rate of A and B (ours); default by images seen: for DeiT-Tiny at 160 px
+    lr: float = None  # rate of A and B; default by images seen, found for DeiT-Tiny, 160 px (ours)
     lr_alpha: float = 1e-2  # learning rate of alpha_i and alpha_G (ours)
     lr_head: float = 1e-2  # learning rate of the head's rows (ours)
     seed: int = 1993  # draws class order, A, shuffling and flips
     device: str = None  # cpu, cuda, cuda:N; default cuda where there is one
     precision: Literal["bf16", "fp32"] = None  # inside the model; default bf16 where it is native
     out: str = "runs"  # folder for the result folders
-    name: str = None  # part of the result folder's name; tells budgets and ablations apart
+    name: str = None  # part of the result folder's name; keeps runs with other settings apart
 
 
 def resolve(config):

@@ -2,7 +2,7 @@
 
     python -m extras.baselines --method treelora --dataset cifar100 --tasks 20
 
-ham       experiments on it: --grouping random, --gain, --superclasses
+ham       experiments on it: --grouping random, --gain, --share, --superclasses
 sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitudes learnt
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
@@ -50,6 +50,7 @@ class Variant(ham.HAM):
 
     grouping random: whether to join is decided as in HAM, the group that is joined drawn.
     gain: a new member's share 1 / (n + 1) becomes min(n + 1, gain) / (n + 1); --merge solution.
+    share: it becomes this, a constant; with --g-max 1 --no-train-alpha there is no grouping left.
     """
 
     def choose(self, task, similarities):
@@ -59,7 +60,8 @@ class Variant(ham.HAM):
         return j
 
     def join(self, group, task, adapter, alpha):
-        step = min(len(group.members) + 1, self.config.gain or 1)
+        n, c = len(group.members), self.config
+        step = c.share * (n + 1) if c.share else min(n + 1, c.gain or 1)
         super().join(group, task, adapter, alpha * step)
 
 
@@ -605,12 +607,14 @@ class Config(ham.Config):
     penalty: float = None  # weight of the penalty of treelora, safm, o_lora or ewc; default: chosen
     grouping: Literal["cosine", "random"] = "cosine"  # ham: the group to join, or one drawn
     gain: float = None  # ham: a newcomer's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)
+    share: float = None  # ham: a newcomer's 1 / (n + 1) becomes this
     superclasses: bool = False  # cifar100, 20 tasks: its superclasses, in an order by seed
 
 
 # Which methods have a setting that not all have; any other one is refused it.
-HAVE = {k: {"ham"} for k in ("tau", "g_max", "rho", "merge", "grouping", "gain")}
-HAVE |= {"group_rank": {"ham", "average"}}
+HAVE = {
+    k: {"ham"} for k in ("tau", "g_max", "rho", "group_rank", "merge", "grouping", "gain", "share")
+}
 HAVE |= {k: {"ham", "sd_lora"} for k in ("train_alpha", "lr_alpha")}
 HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
 
@@ -630,8 +634,8 @@ def resolve(config):
         if method not in methods and value not in (usual, fixed.get(name, usual)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise ham.InputError(f"{flag}: {method} has no such setting")
-    if config.gain and config.merge != "solution":
-        raise ham.InputError(f"--gain {config.gain}: goes with --merge solution only")
+    if (config.gain or config.share) and config.merge != "solution":
+        raise ham.InputError(f"--merge {config.merge}: --gain and --share go with solution only")
     if config.superclasses:
         changes["class_order"] = "natural"  # `superclasses` orders it anew
         if (config.dataset, config.tasks) != ("cifar100", 20):
@@ -683,7 +687,8 @@ def prepare(config):
             block.attn.fused_attn = False
     w0 = {} if config.method == "frozen" else ham.lora_layers(vit, config.layers)
     kind = METHODS.get(config.method) or ham.METHODS[config.method][0]
-    kind = Variant if config.gain or config.grouping == "random" else kind
+    varied = config.gain or config.share or config.grouping == "random"
+    kind = Variant if varied else kind
     method = kind(w0, config)
     return vit, method, data, loss_of(method)
 

@@ -95,6 +95,8 @@ PARTS = {
     "no-alpha": "--no-train-alpha",
     "gmax2": "--g-max 2",
     "gmax10": "--g-max 10",
+    "share0.3": "--g-max 1 --no-train-alpha --share 0.3",
+    "share0.5": "--g-max 1 --no-train-alpha --share 0.5",
 }
 for part, flags in PARTS.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{part}")
@@ -119,18 +121,21 @@ for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.it
 def program(flags):
     """ham.py, or extras/baselines.py for what is only there. flags: one string"""
     words = flags.split()
-    ours = {"--gain", "--grouping", "--superclasses", *OTHERS.split()}.intersection(words)
+    ours = {"--gain", "--share", "--grouping", "--superclasses", *OTHERS.split()}.intersection(
+        words
+    )
     return ["-m", "extras.baselines"] if ours else ["ham.py"]
 
 
 def command(name):
-    """As typed; of a run that is there with the threads and the precision that it had."""
+    """As one types it; of a run that is there with the threads and the precision that it had."""
     file, threads, precision = ROOT / "results" / name / "results.json", "", ""
     if file.is_file():
         run = json.loads(file.read_text("utf-8"))
         threads = f"OMP_NUM_THREADS={run['hardware'].split()[-2]} "
         precision = f" --precision {run['config']['precision']}"
-    return f"{threads}python {' '.join(program(RUNS[name]))} {RUNS[name].strip()}{precision}"
+    flags = RUNS[name].replace(" --out results", "").replace("  ", " ").strip()
+    return f"{threads}python {' '.join(program(RUNS[name]))} {flags}{precision}"
 
 
 def commit():

@@ -58,6 +58,8 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
         "α fixed at 1": "i50-no-alpha",
         "G_max = 2": "i50-gmax2",
         "G_max = 10": "i50-gmax10",
+        "no groups, 0.3 of each adapter": "i50-share0.3",
+        "no groups, 0.5 of each adapter": "i50-share0.5",
     },
     "superclasses": {"ham": "i50-super", "random group": "i50-super-random"},
     "noise": {
@@ -197,7 +199,9 @@ def first_runs(results=RESULTS):
         {
             "last line": [f"final accuracy {x:.1f} %" for x in r["final_accuracy"]],
             "minutes": [f"{x / 60:.0f}" for x in seconds],
-            "on": r["hardware"] + ", " + r["config.precision"],
+            "on": r["hardware"].str.replace(" 1 threads", " one thread")
+            + ", "
+            + r["config.precision"],
         }
     )
     return table.set_axis(r["setting"].map(HEADLINE)).rename_axis("run")
@@ -214,7 +218,7 @@ def controls(results=RESULTS):
     gaps["forgetting: ham − sequential"] = forgot["ham"] - forgot["sequential"]
     told = differences(pd.concat(gaps, axis="columns")).unstack(0)  # one family for Holm
     table = table.join(told.reindex(columns=gaps))
-    table["seeds"] = final["ham"].count().map(str)
+    table["seeds of ham"] = final["ham"].count().map(str)
     return table.loc[order].rename_axis("setting")
 
 
@@ -227,6 +231,7 @@ def growth(results=RESULTS):
     gaps = {"ham − sequential": gap, f"more than at {order[0].split(', ')[-1]}": more}
     table = differences(pd.concat(gaps, axis="columns")).unstack(0).reindex(columns=gaps)
     table["seeds"] = gap.count().map(str)
+    table["seeds of both"] = more.count().map(str)
     return table.loc[order].astype(object).fillna("").rename_axis("setting")
 
 
@@ -296,7 +301,7 @@ def noise(results=RESULTS):
 
 
 def held_out(results=RESULTS):
-    """Every run of extras/screen.py, on held-out images: budget by budget, rate by rate."""
+    """Every finished run of extras/screen.py, on held-out images: budget by budget, rate by rate."""
     from extras.baselines import learning_rate  # here: it brings torch
 
     lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()

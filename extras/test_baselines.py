@@ -121,7 +121,13 @@ def test_task_known_by_hand():
 
 def test_mistakes_are_one_line(capsys):
     mistakes = ["--method nothing", "--gain 5 --merge sum", "--penalty -1 --method ewc"]
-    mistakes += ["--penalty 1", "--gain 5 --method ewc", "--superclasses", "--grouping other"]
+    mistakes += [
+        "--share 0.5 --merge mean",
+        "--penalty 1",
+        "--gain 5 --method ewc",
+        "--superclasses",
+        "--grouping other",
+    ]
     mistakes += [
         "--tau 0.5 --method treelora",
         "--lr-alpha 1 --method ewc",
@@ -216,6 +222,16 @@ def test_gain_by_hand():
         (b, a), group.alpha = factors(), 1.5
         method.join(group, i, {"x": (b, a)}, alpha=0.7)
         want = 0.7 * min(i + 1, 3) / (i + 1) * (b @ a) + 1.5 * want
+        torch.testing.assert_close(ham.dense(group.delta_w["x"]), want)
+
+
+def test_a_constant_share_of_each_adapter_by_hand():
+    c = plain(rho=1.0, share=0.3, g_max=1, train_alpha=False)
+    method, group, want = baselines.Variant({}, c), ham.Group({}), 0.0
+    for i in range(4):
+        b, a = factors()
+        method.join(group, i, {"x": (b, a)}, alpha=1.0)
+        want = want + 0.3 * (b @ a)
         torch.testing.assert_close(ham.dense(group.delta_w["x"]), want)
 
 
