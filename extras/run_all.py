@@ -188,9 +188,8 @@ def main():
     wanted = wanted[first - 1 :: step]
     done = [name for name in wanted if (ROOT / "results" / name / "results.json").is_file()]
     if args.list:
-        for name in wanted:
-            state = "done   " if name in done else "missing"
-            print(f"{state} {command(name)}")
+        lines = [("done    " if x in done else "missing ") + command(x) for x in wanted]
+        print("\n".join(lines))
         return
     wanted = [name for name in wanted if name not in done]
     every, gpus = ",".join(map(str, range(torch.cuda.device_count()))), queue.SimpleQueue()
