@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -188,8 +189,10 @@ def main():
     wanted = wanted[first - 1 :: step]
     done = [name for name in wanted if (ROOT / "results" / name / "results.json").is_file()]
     if args.list:
-        lines = [("done    " if x in done else "missing ") + command(x) for x in wanted]
-        print("\n".join(lines))
+        if hasattr(signal, "SIGPIPE"):  # quiet where `| head` has enough
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        for name in wanted:
+            print("done   " if name in done else "missing", command(name))
         return
     wanted = [name for name in wanted if name not in done]
     every, gpus = ",".join(map(str, range(torch.cuda.device_count()))), queue.SimpleQueue()
