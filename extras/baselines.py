@@ -3,6 +3,7 @@
     python -m extras.baselines --method treelora --dataset cifar100 --tasks 20
 
 ham       experiments on it: --grouping random, --gain, --share, --superclasses
+onward    HAM, but a group is one adapter of fixed rank, from which its next task starts (ours)
 sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitudes learnt
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
@@ -63,6 +64,52 @@ class Variant(ham.HAM):
         n, c = len(group.members), self.config
         step = c.share * (n + 1) if c.share else min(n + 1, c.gain or 1)
         super().join(group, task, adapter, alpha * step)
+
+
+class Onward(ham.HAM):
+    """A group is one adapter that goes on: a task starts from that of its group. Ours, no source.
+
+    Chosen before training: while there is room a new group, then the one to whose tasks' mean frozen
+    features the task's is most similar, or one drawn. Only the others are frozen, their α_G trained.
+    ΔW_G <- (n α_G ΔW_G + α_i B_i A_i) / (n + 1), what its tasks ended with, cut back to rank r.
+    """
+
+    features = None  # (T, D), set by `prepare`; a task looks at its own and at earlier ones
+
+    def start(self):
+        task, c = sum(len(group.members) for group in self.groups), self.config
+        means = [self.features[group.members].mean(0) for group in self.groups]
+        self.similarities = ham.cosine_similarity(self.features[task], means)
+        self.j = ham.assign_group(self.similarities, 1.0, c.g_max)
+        if c.grouping == "random" and self.j < len(self.groups):
+            self.j = int(np.random.RandomState((c.seed, task)).randint(len(self.groups)))
+        self.others = self.groups[: self.j] + self.groups[self.j + 1 :]
+        adapter = None
+        for group in self.groups[self.j : self.j + 1]:
+            adapter = {name: (group.alpha * b, a) for name, (b, a) in group.delta_w.items()}
+        return ham.Trainable(self.w0, self.others, c, adapter)
+
+    def finish(self, task, trained):
+        alpha, alphas = trained.alpha.item(), trained.alpha_groups.tolist()
+        for group, value in zip(self.others, alphas, strict=True):
+            group.alpha = value
+        if self.j == len(self.groups):
+            self.groups.append(ham.Group({}))
+        group, n = self.groups[self.j], len(self.groups[self.j].members)
+        for name, ba in trained.detached().items():
+            updates, scales = [ba], [alpha / (n + 1)]
+            if n:
+                updates, scales = [ba, group.delta_w[name]], [*scales, group.alpha * n / (n + 1)]
+            group.delta_w[name] = ham.merge(updates, scales, self.config.rank)
+        group.members.append(task)
+        group.alpha, sizes = 1.0, [len(g.members) for g in self.groups]
+        scalars = {"alpha": alpha, "alpha_groups": alphas, "group": self.j, "group_sizes": sizes}
+        return scalars | {"similarities": self.similarities}
+
+    def state(self):
+        """With the features of the tasks so far, to be counted; `prepare` makes them anew."""
+        seen = sum(len(group.members) for group in self.groups)
+        return super().state() | {"features": self.features[:seen].clone()}
 
 
 class First(ham.Sequential):
@@ -585,7 +632,7 @@ def logits_safm(under, rows, tasks):
 # --------------------------------------------------------------------------- Settings, command line
 
 METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoRA, "ewc": EWC}
-METHODS["first"] = First
+METHODS |= {"first": First, "onward": Onward}
 # λ, the best of three on held-out images; of treelora and safm from their papers' ranges.
 PENALTY = {"treelora": 0.1, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4}
 # c of ham.learning_rate's law, from what was tried on held-out images (results/all.md).
@@ -612,10 +659,9 @@ class Config(ham.Config):
 
 
 # Which methods have a setting that not all have; any other one is refused it.
-HAVE = {
-    k: {"ham"} for k in ("tau", "g_max", "rho", "group_rank", "merge", "grouping", "gain", "share")
-}
-HAVE |= {k: {"ham", "sd_lora"} for k in ("train_alpha", "lr_alpha")}
+HAVE = {k: {"ham"} for k in ("tau", "rho", "group_rank", "merge", "gain", "share")}
+HAVE |= {k: {"ham", "onward"} for k in ("g_max", "grouping")}
+HAVE |= {k: {"ham", "sd_lora", "onward"} for k in ("train_alpha", "lr_alpha")}
 HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
 
 
@@ -688,8 +734,11 @@ def prepare(config):
     w0 = {} if config.method == "frozen" else ham.lora_layers(vit, config.layers)
     kind = METHODS.get(config.method) or ham.METHODS[config.method][0]
     varied = config.gain or config.share or config.grouping == "random"
-    kind = Variant if varied else kind
+    kind = Variant if varied and config.method == "ham" else kind
     method = kind(w0, config)
+    if config.method == "onward":
+        every = [ham.extract(vit, {}, data, "train", task, config)[0] for task in data.tasks]
+        method.features = torch.stack([F.normalize(x, dim=1).mean(0) for x in every])
     return vit, method, data, loss_of(method)
 
 

@@ -43,7 +43,7 @@ def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160, lr=None):
 
 ONE = SEEDS[:1]  # where a method has one seed it is 1993
 FIXED = "frozen joint"
-OTHERS = "treelora safm sd_lora o_lora ewc first"
+OTHERS = "treelora safm sd_lora o_lora ewc first onward"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 
@@ -113,6 +113,10 @@ add("cifar100", 20, "ham", f"{I50} --group-rank 8", "i50-R8", MORE)
 add("cifar100", 20, "ham", f"{I50} --group-rank 8 --grouping random", "i50-R8-random")
 add("cub200", 100, "ham", seeds=ONE)
 add("cub200", 100, "ham", "--group-rank 8", "R8", ONE)
+
+add("cifar100", 50, "onward", I50, "i50")
+for part, flags in {"random": "--grouping random", "super": "--superclasses"}.items():
+    add("cifar100", 20, "onward", f"{I50} {flags}", f"i50-{part}")
 
 # 6. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
 for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.items():

@@ -22,7 +22,7 @@ from extras import figures
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CONTROLS = ["ham", "sequential", "average", "frozen", "joint"]
-OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc"]
+OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc", "onward"]
 METHODS = CONTROLS + OTHERS
 RANKS = {"ham, R = 8": "R8", "ham, R = 8, random": "R8-random", "ham, R = 16": "R16"}
 DATA = {"cifar100": "CIFAR-100", "cub200": "CUB-200"}

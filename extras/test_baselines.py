@@ -90,7 +90,7 @@ def test_each_method_from_the_command_line_to_its_results(method, config, tmp_pa
     trained = results["tasks"][: 1 if method == "first" else 3]
     assert all(0 < record["loss"] < math.inf for record in trained)
     stored = {"treelora": 4 * QKV, "ewc": 2 * QKV, "sd_lora": 3 * QKV, "o_lora": 3 * QKV}
-    stored["first"] = QKV
+    stored |= {"first": QKV, "onward": 3 * QKV + 3 * D}
     if method in stored:
         assert results["parameters_stored"] == CLASSES * D + stored[method]
     assert (run / "model.safetensors").is_file() == (method != "safm")
@@ -125,6 +125,7 @@ def test_mistakes_are_one_line(capsys):
         "--share 0.5 --merge mean",
         "--penalty 1",
         "--gain 5 --method ewc",
+        "--tau 0.2 --method onward",
         "--superclasses",
         "--grouping other",
     ]
@@ -214,6 +215,37 @@ def test_without_its_penalty_it_is_sequential_and_with_it_not(method, config, tm
         runs.append([results["accuracy_matrix"], *(r["loss"] for r in results["tasks"])])
     assert runs[0] == runs[1]
     assert runs[2][1] == runs[0][1] and runs[2][2:] != runs[0][2:]  # from the second task on
+
+
+@pytest.mark.parametrize("grouping", ["cosine", "random"])
+def test_onward_by_brute_force(grouping):
+    """Tasks 0 and 1 open the groups; by features task 2 is of the second's kind, task 3 the first's."""
+    w0, c = {"x": torch.zeros(9, 8)}, plain(g_max=2, rank=2, grouping=grouping, method="onward")
+    method, groups, alphas = baselines.Onward(w0, c), {}, {}
+    method.features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [1.0, 0.2]])
+    joined = [0, 1, 1, 0]
+    if grouping == "random":
+        joined[2:] = [np.random.RandomState((c.seed, task)).randint(2) for task in (2, 3)]
+    for task, j in enumerate(joined):
+        trained = method.start()
+        start = trained.weights(w0)["x"].detach()
+        whole = sum(alphas[k] * groups[k][0] for k in groups)  # a new task changes nothing
+        torch.testing.assert_close(start, whole + torch.zeros(9, 8))
+        with torch.no_grad():
+            b, a = trained.adapter["x"]
+            b += torch.randn(9, c.rank)
+            trained.alpha *= 0.8
+            trained.alpha_groups *= 1.1
+        record = method.finish(task, trained)
+        assert record["group"] == j
+        alphas = {k: 1.1 * alpha for k, alpha in alphas.items() if k != j} | {j: alphas.get(j, 1.0)}
+        old, n = groups.get(j, (torch.zeros(9, 8), 0))
+        mean = (n * alphas[j] * old + 0.8 * (b @ a).detach()) / (n + 1)
+        u, sigma, v = torch.linalg.svd(mean, full_matrices=False)
+        groups[j] = u[:, : c.rank] * sigma[: c.rank] @ v[: c.rank], n + 1
+        alphas[j] = 1.0
+        torch.testing.assert_close(ham.dense(method.groups[j].delta_w["x"]), groups[j][0])
+        assert method.groups[j].alpha == 1 and method.groups[j].delta_w["x"][0].shape == (9, c.rank)
 
 
 def test_gain_by_hand():
