@@ -61,17 +61,18 @@ def accuracy(runs):
 
 
 def stored(runs, controls):
-    """Final accuracy against the parameters kept, a panel per setting. controls: rows on the left"""
+    """Final accuracy against the parameters kept, a panel per setting. controls: which rows are."""
     settings = runs.groupby("setting", sort=False)
     fig, axes = panels(len(settings), size=(9, 4))
     for ax, (setting, own) in zip(axes, settings):
         means = own.groupby("row")
         x, y = means["parameters_stored"].mean(), means["final_accuracy"].mean()
-        column, left = (4 * np.log10(x)).round(), y.index.isin(controls)
+        column = (4 * np.log10(x)).round()
+        left = y.index.isin(controls) | y.index.str.startswith("ham, ")
         for (_, is_left), near in y.groupby([column, left]):  # labels of neighbours, one column
             at = x[near.index].min() / 1.15 if is_left else 1.15 * x[near.index].max()
             for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
-                color = BLUE if row == "ham" else RED if row in controls else "black"
+                color = RED if row in controls else BLUE if row.startswith("ham") else "black"
                 ax.plot(x[row], y[row], "s" if row in controls else "o", color=color, ms=5)
                 side = "right" if is_left else "left"
                 ax.text(at, height, f"{row} {y[row]:.1f}", va="center", ha=side)
