@@ -3,8 +3,7 @@
 A frozen vision transformer learns tasks 1..T with disjoint classes, one after the other, keeping no
 image and not being told the task at test time. Each task trains a LoRA adapter and an importance
 scalar on top of the groups so far; by cosine similarity the adapter joins one of at most G_max
-groups; there it is pruned, scaled and merged. For inference all groups are folded into the weights:
-adapters, groups, one module are the hierarchy.
+groups; there it is pruned, scaled and merged. For inference all groups are folded into one module.
 
     python ham.py                                  # demo: nothing to download
     python ham.py --dataset cifar100 --tasks 20    # the main job (ViT-B/16: needs a GPU)
@@ -172,7 +171,8 @@ def truncate(b, a, rank):
     B = Q U and Aᵀ = P V only the core U Vᵀ, at most (n, n), is decomposed, never a (d, k) matrix.
     """
     (q, u), (p, v) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    left, sigma, right = torch.linalg.svd(u @ v.T, full_matrices=False)
+    core = (u @ v.T).nan_to_num()  # svd would raise; where B or A is NaN, Q or P still is
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     return q @ left[:, :rank] * sigma[:rank], right[:rank] @ p.T
 
 
@@ -444,12 +444,12 @@ def learn(vit, method, data, loss=task_loss):
         start, classes, record = time.perf_counter(), data.tasks[task], {}
         if method.w0:
             trained, mean_loss = train_task(vit, method, data, task, loss)  # (1)
-            if not math.isfinite(mean_loss):
-                raise InputError(f"task {task + 1}: loss is not finite; lower --lr {config.lr}")
             record = {"loss": mean_loss} | method.finish(task, trained)  # (2), (3), (4)
             class_rows["head"][list(classes)] = trained.head.detach()
         middle, weights, seen = time.perf_counter(), method.folded(), classes[-1] + 1
         means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
+        if not means.isfinite().all():
+            raise InputError(f"task {task + 1}: features are not finite; lower --lr {config.lr}")
         class_rows["class-mean"][list(classes)] = means
         features, labels = extract(vit, weights, data, "test", range(seen), config)
         logits = cosine_logits(features, class_rows[config.read_out][:seen])

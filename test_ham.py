@@ -1613,9 +1613,9 @@ def test_other_vits_finish_and_are_saved_as_they_are(model, folder, tmp_path, mo
 
 
 def test_a_loss_that_explodes_is_named(folder, tmp_path):
-    for method in ("ham", "joint"):
+    for settings in ({}, {"group_rank": 1}, {"method": "joint"}):
         with pytest.raises(ham.InputError, match="lower --lr"):
-            ham.run(config(folder, tmp_path, method=method, lr=1e18))
+            ham.run(config(folder, tmp_path, lr=1e18, **settings))
     assert not list(tmp_path.rglob("results.json"))
 
 

@@ -84,8 +84,9 @@ class Onward(ham.HAM):
         if c.grouping == "random" and self.j < len(self.groups):
             self.j = int(np.random.RandomState((c.seed, task)).randint(len(self.groups)))
         self.others = self.groups[: self.j] + self.groups[self.j + 1 :]
-        adapter = None
-        for group in self.groups[self.j : self.j + 1]:
+        adapter = None  # a new one
+        if self.j < len(self.groups):
+            group = self.groups[self.j]
             adapter = {name: (group.alpha * b, a) for name, (b, a) in group.delta_w.items()}
         return ham.Trainable(self.w0, self.others, c, adapter)
 
@@ -652,7 +653,7 @@ class Config(ham.Config):
 
     method: Literal[(*METHODS, *ham.METHODS)] = "ham"  # a method of this file or of ham.py
     penalty: float = None  # weight of the penalty of treelora, safm, o_lora or ewc; default: chosen
-    grouping: Literal["cosine", "random"] = "cosine"  # ham: the group to join, or one drawn
+    grouping: Literal["cosine", "random"] = "cosine"  # ham, onward: the group to join, or one drawn
     gain: float = None  # ham: a newcomer's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)
     share: float = None  # ham: a newcomer's 1 / (n + 1) becomes this
     superclasses: bool = False  # cifar100, 20 tasks: its superclasses, in an order by seed

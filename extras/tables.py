@@ -286,7 +286,9 @@ def noise(results=RESULTS):
         first = own[own["row"] == "ham"].iloc[0]
         for run in own.itertuples() if len(own) > 1 else ():
             joins = [
-                sorted(t["similarities"])[-2:] for t in run.tasks if len(t["similarities"]) > 4
+                sorted(t["similarities"])[-2:]
+                for t in run.tasks
+                if len(t["similarities"]) == 5  # all groups are open: best and second
             ]
             a, b = (pd.DataFrame(tasks) for tasks in (run.tasks, first["tasks"]))
             lines[run.row, f"{seed}", run.hardware] = {
