@@ -8,7 +8,7 @@ sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitude
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
 first     first-session adaptation: an adapter for task 1, then only class means (APER, RanPAC)
-treelora  TreeLoRA (arXiv 2506.10355): one LoRA, its gradient drawn to a similar earlier task's
+treelora  TreeLoRA (arXiv 2506.10355): one LoRA, drawn to what it was after a similar earlier task
 safm      Sparse Adapter Fusion (arXiv 2602.02502): each block reuses, adds or leaves out an adapter
 
 What differs from ham.HAM is here: what is trained (`start`), added to the loss (`penalty`), kept
@@ -46,19 +46,39 @@ def vector(tensors):
     return torch.cat([x.flatten() for x in tensors])
 
 
-class Variant(ham.HAM):
-    """HAM with a random group, or with larger shares for the newcomer.
+GROUPINGS = ("cosine", "random", "least", "features")
 
-    grouping random: whether to join is decided as in HAM, the group that is joined drawn.
+
+def drawn(seed, task, n):
+    """One of n groups, another for each seed and task."""
+    return int(np.random.RandomState((seed, task)).randint(n))
+
+
+def by_features(features, task, groups):
+    """Cosines of a task's mean features with its groups' tasks'. features (T, D) -> M floats"""
+    return ham.cosine_similarity(features[task], [features[g.members].mean(0) for g in groups])
+
+
+class Variant(ham.HAM):
+    """HAM with another group, or with larger shares for the newcomer.
+
+    grouping: whether to join is decided as in HAM, which group is drawn (random), is the one least
+    similar (least) or most similar by its tasks' mean frozen features (features).
     gain: a new member's share 1 / (n + 1) becomes min(n + 1, gain) / (n + 1); --merge solution.
     share: it becomes this, a constant; with --g-max 1 --no-train-alpha there is no grouping left.
     """
 
+    features = None  # (T, D), set by `prepare`; a task looks at its own and at earlier ones
+
     def choose(self, task, similarities):
-        j = super().choose(task, similarities)
-        if self.config.grouping == "random" and j < len(self.groups):
-            j = int(np.random.RandomState((self.config.seed, task)).randint(len(self.groups)))
-        return j
+        j, how = super().choose(task, similarities), self.config.grouping
+        if j == len(self.groups) or how == "cosine":
+            return j
+        if how == "random":
+            return drawn(self.config.seed, task, len(self.groups))
+        if how == "least":
+            return int(np.argmin(similarities))
+        return int(np.argmax(by_features(self.features, task, self.groups)))
 
     def join(self, group, task, adapter, alpha):
         n, c = len(group.members), self.config
@@ -78,11 +98,10 @@ class Onward(ham.HAM):
 
     def start(self):
         task, c = sum(len(group.members) for group in self.groups), self.config
-        means = [self.features[group.members].mean(0) for group in self.groups]
-        self.similarities = ham.cosine_similarity(self.features[task], means)
+        self.similarities = by_features(self.features, task, self.groups)
         self.j = ham.assign_group(self.similarities, 1.0, c.g_max)
         if c.grouping == "random" and self.j < len(self.groups):
-            self.j = int(np.random.RandomState((c.seed, task)).randint(len(self.groups)))
+            self.j = drawn(c.seed, task, len(self.groups))
         self.others = self.groups[: self.j] + self.groups[self.j + 1 :]
         adapter = None  # a new one
         if self.j < len(self.groups):
@@ -211,34 +230,36 @@ class EWC(ham.Sequential):
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
-# loss + λ/L Σ_l |g - ĝ_k|₁: in each layer l of L, g, the gradient of a batch's loss by A and B, is
-# drawn to ĝ_k, that of an earlier task; which task (k), a bandit finds out on a tree of the tasks.
+# loss + λ/L Σ_l |θ_l - θ_kl|₁: in each layer l of L, θ_l, the factors A and B, is drawn to θ_kl, what
+# it was after an earlier task; which task (k), a bandit finds out on a tree of the tasks.
 #
 # Paper (arXiv 2506.10355; public code)           here
-# g, ĝ: gradients, "directions" (3.1); approx-    gradients divided by their L1 norms: of raw ones
-#   imated by LoRA's factors (public: A itself)     the smallest is nearest, whatever its task
-# ĝ_k: of task k's model, over the new task       its mean over task k's own training; keeping k's
-#   (3.1), on this batch (3.2)                      model for another backward pass: left out
+# g, ĝ_k: gradients (3.1, 3.2); in practice the   the adapters, A and B (the gradient form, with two
+#   LoRA adapters themselves (3.3; public: A)       backward passes a step, was here up to 11e2c84)
+# λ 0.1 to 1 times the sum over layers (public:   λ times the mean over layers of L1 distances, which
+#   an inner product, scaled to the loss; grows     have a unit: λ searched over decades, constant
+#   within each epoch from 0)
 # tree: halves at the median L1 distance from     the same, made anew after each task; paper: a task
 #   the node's mean; δ: that median                 is put into the nearest leaf (public: anew)
 # depth 5 (public: level d splits by layer d)     depth 5, by layers 0, L / 5, ... 4 L / 5 of L
-# a node can hold several tasks                   a leaf does beyond 32: their mean's direction
+# a node can hold several tasks                   a leaf does beyond 32: their mean
 # merging leaves when storage runs out            left out
 # Eq. 2, per layer; leaf: μ̂ - 2 sqrt(log t / n)   the same, times σ, the spread of a leaf's distances
 #   inner: one term in print, least of children's   max(least child's, its own - δ), as in Coquelin
-#   less δ (public: leaves only, tasks drawn by     and Munos, whom it cites; δ of the bandit's own
-#   softmax)                                        layer, far above what sets tasks apart: it
-#                                                   decides only while a leaf below is untried
-# μ̂: mean of |g - ĝ_k|₁ where k was taken,        of |ḡ - ĝ_k|₁ - |ḡ - ĝ_root|₁, ḡ this task's mean
-#   g a batch's (public: the sum so far); begun     so far: else which batch it was matters more;
-#   once (Algorithm 1)                              begun for each task, whose arms are others
-# λ 0.1 to 1 times the sum over layers (public:   times their mean, of directions: λ has no unit
-#   an inner product, scaled to the loss)
+#   less δ (public: leaves only, tasks drawn by     and Munos, whom it cites
+#   softmax)
+# μ̂: mean of |g - ĝ_k|₁ where k was taken         of |θ - θ_k|₁ - |θ - θ_root|₁: else when it was
+#   (public: the sum so far); begun once            matters more than which, as θ moves on; begun
+#   (Algorithm 1)                                   for each task, whose arms are others
 # sparse updates: LoRA's factors                  the same
-# use: the last adapter                           the same
-# rate 0.005, batch 192, 20 or 50 epochs          rate searched, batch and epochs as of others
+# LoRA depth (its Table 4): some of the layers    all --layers
+# use: the last adapter; Fig. 2 (b) puts those    the last adapter
+#   of the similar group together
+# rate 0.005, constant; batch 192, 20 or 50       rate searched, cosine; batch and epochs as of
+#   epochs; λ outside the rate in Eq. 3             others; λ inside Adam's step
 # ViTs: on HiDe's task decomposition (the task    one LoRA trained on, class means: left out
 #   is inferred, then predicted within)
+# Table 5: a random leaf instead of the bandit's  --grouping random
 
 DEEPEST = 5
 
@@ -248,7 +269,7 @@ class Node:
     """Earlier tasks in one branch of the tree; a leaf where it has no children."""
 
     tasks: list
-    gradient: list  # per layer ĝ (P,), the mean of its tasks' directions; a leaf's: its direction
+    theta: list  # per layer (P,), the mean of what its tasks ended with
     delta: list  # per layer δ, the median L1 distance of its tasks from it
     children: list
 
@@ -256,40 +277,34 @@ class Node:
         return [leaf for x in self.children for leaf in x.leaves()] if self.children else [self]
 
 
-def grow(tasks, gradients, level=0):
+def grow(tasks, thetas, level=0):
     """K-D tree: a level halves the tasks at the median L1 distance from their mean in one layer.
 
-    tasks: list of ints; gradients: per task, per adapted layer (P,) -> Node
+    tasks: list of ints; thetas: per task, per adapted layer (P,) -> Node
     """
-    layers = range(len(gradients[0]))
-    mean = [torch.stack([gradients[k][l] for k in tasks]).mean(0) for l in layers]
-    far = [torch.stack([(gradients[k][l] - mean[l]).abs().sum() for k in tasks]) for l in layers]
+    layers = range(len(thetas[0]))
+    mean = [torch.stack([thetas[k][l] for k in tasks]).mean(0) for l in layers]
+    far = [torch.stack([(thetas[k][l] - mean[l]).abs().sum() for k in tasks]) for l in layers]
     node, levels = Node(tasks, mean, [x.median().item() for x in far], []), min(DEEPEST, len(far))
     if len(tasks) > 1 and level < levels:
         order = far[level * len(far) // levels].argsort(stable=True).tolist()
         half = (len(tasks) + 1) // 2
         parts = [sorted(tasks[i] for i in part) for part in (order[:half], order[half:])]
-        node.children = [grow(part, gradients, level + 1) for part in parts]
-    elif len(tasks) > 1:  # a mean is shorter than its parts, and near to everything by that alone
-        node.gradient = directions(mean)
+        node.children = [grow(part, thetas, level + 1) for part in parts]
     return node
-
-
-def directions(gradient):
-    """Each layer's divided by its L1 norm, a number. list of (P,) -> list of (P,)"""
-    return [x / x.detach().abs().sum().clamp(min=1e-12) for x in gradient]
 
 
 class Bandit:
     """Which leaf next, in one layer: down from the root, each time to the smallest bound (Eq. 2,
-    as read above).
+    as read above), or drawn.
 
-    The bound is meant for distances with a spread of about 1, so its width takes their own unit,
-    σ: of a leaf's distances around their mean, over all leaves (ours).
+    draw: a RandomState, for which each leaf below is as likely; None: by the bound, which is
+    meant for distances with a spread of about 1, so its width takes their own unit, σ: of a leaf's
+    distances around their mean, over all leaves (ours).
     """
 
-    def __init__(self, root, layer):
-        self.root, self.layer = root, layer
+    def __init__(self, root, layer, draw=None):
+        self.root, self.layer, self.draw = root, layer, draw
         self.n, self.mean, self.squares = Counter(), Counter(), Counter()  # per node
 
     def sigma(self):
@@ -313,6 +328,8 @@ class Bandit:
     def choose(self):
         """-> nodes from the root to a leaf"""
         path, sigma = [self.root], self.sigma()
+        while self.draw and path[-1].children:
+            path.append(path[-1].children[self.draw.randint(len(path[-1].children))])
         while path[-1].children:
             path.append(min(path[-1].children, key=lambda node: self.bound(node, sigma)))
         return path
@@ -327,63 +344,50 @@ class Bandit:
 
 
 class TreeLoRA(ham.Sequential):
-    """One LoRA trained task after task, and the direction of every earlier task's mean gradient."""
+    """One LoRA trained task after task, and what it was after each of them."""
 
     def __init__(self, w0, config):
         super().__init__(w0, config)
-        self.gradients = []  # per task, per layer ĝ (P,)
+        self.thetas = []  # per task, per layer (P,)
 
     def start(self):
-        self.sum, self.bandits = None, []
-        if self.gradients:
-            root = grow(list(range(len(self.gradients))), self.gradients)
-            self.bandits = [Bandit(root, layer) for layer in range(len(root.gradient))]
+        self.bandits, draw = [], None
+        if self.config.grouping == "random":
+            draw = np.random.RandomState((self.config.seed, len(self.thetas)))
+        if self.thetas:
+            root = grow(list(range(len(self.thetas))), self.thetas)
+            self.bandits = [Bandit(root, layer, draw) for layer in range(len(root.theta))]
         return super().start()
 
     def penalty(self, trained, loss):
-        """Its value is of no use, its gradient is that of λ/L Σ_l |g - ĝ_k|₁ by A and B.
-
-        Not by the head, and not through g's norm (ours).
-        """
-        x, pull = factors(trained.adapter), bool(self.bandits)
-        g = torch.autograd.grad(loss, x, retain_graph=True, create_graph=pull)
-        g = [vector(ba) for ba in zip(g[::2], g[1::2])]  # per layer (P,)
-        self.sum = [s + y.detach() for s, y in zip(self.sum or [0.0] * len(g), g)]
-        if not pull:
+        """λ/L Σ_l |θ_l - θ_kl|₁, of the leaf that each layer chooses; it sees how far it is."""
+        if not self.bandits:
             return torch.zeros_like(loss)
-        distance = self.config.penalty * self.distance(directions(g), directions(self.sum))
-        second = torch.autograd.grad(distance, x, retain_graph=True)
-        return sum((y * z.detach()).sum() for y, z in zip(x, second))
-
-    def distance(self, g, so_far):
-        """Let each layer choose a leaf and see how far it is from this task so far.
-
-        g, so_far: directions of a batch's gradient and of all so far, per layer (P,) -> mean of g's
-        """
+        theta = [vector(ba) for ba in trained.adapter.values()]
         paths = [bandit.choose() for bandit in self.bandits]
 
-        def far(gradient, at):  # (L,), from the first or the last node of each path
-            near = [path[at].gradient[layer] for layer, path in enumerate(paths)]
-            return torch.stack([(x - y).abs().sum() for x, y in zip(gradient, near)])
+        def far(at):  # (L,), from the first or the last node of each path
+            near = [path[at].theta[layer] for layer, path in enumerate(paths)]
+            return torch.stack([(x - y).abs().sum() for x, y in zip(theta, near)])
 
-        seen = far(so_far, -1) - far(so_far, 0)
-        for bandit, path, distance in zip(self.bandits, paths, seen.tolist()):
-            bandit.saw(path, distance)
-        return far(g, -1).mean()
+        distances = far(-1)
+        for bandit, path, seen in zip(self.bandits, paths, (distances - far(0)).tolist()):
+            bandit.saw(path, seen)
+        return self.config.penalty * distances.mean()
 
     def finish(self, task, trained):
-        self.gradients.append(directions(self.sum))
+        self.thetas.append([vector(ba) for ba in trained.detached().values()])
         leaves = self.bandits[0].root.leaves() if self.bandits else []
         record = {"leaves": [leaf.tasks for leaf in leaves]}  # earlier tasks
         record["taken"] = [[bandit.n[leaf] for leaf in leaves] for bandit in self.bandits]
         return super().finish(task, trained) | record
 
     def state(self):
-        return super().state() | {"gradients": self.gradients}
+        return super().state() | {"thetas": self.thetas}
 
     def restore(self, state):
         super().restore(state)
-        self.gradients = state["gradients"]
+        self.thetas = state["thetas"]
 
 
 # --------------------------------------------------------------------------------------------- SAFM
@@ -653,7 +657,7 @@ class Config(ham.Config):
 
     method: Literal[(*METHODS, *ham.METHODS)] = "ham"  # a method of this file or of ham.py
     penalty: float = None  # weight of the penalty of treelora, safm, o_lora or ewc; default: chosen
-    grouping: Literal["cosine", "random"] = "cosine"  # ham, onward: the group to join, or one drawn
+    grouping: Literal[GROUPINGS] = "cosine"  # ham: the group to join; random also onward, treelora
     gain: float = None  # ham: a newcomer's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)
     share: float = None  # ham: a newcomer's 1 / (n + 1) becomes this
     superclasses: bool = False  # cifar100, 20 tasks: its superclasses, in an order by seed
@@ -661,7 +665,7 @@ class Config(ham.Config):
 
 # Which methods have a setting that not all have; any other one is refused it.
 HAVE = {k: {"ham"} for k in ("tau", "rho", "group_rank", "merge", "gain", "share")}
-HAVE |= {k: {"ham", "onward"} for k in ("g_max", "grouping")}
+HAVE |= {"g_max": {"ham", "onward"}, "grouping": {"ham", "onward", "treelora"}}
 HAVE |= {k: {"ham", "sd_lora", "onward"} for k in ("train_alpha", "lr_alpha")}
 HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
 
@@ -681,6 +685,8 @@ def resolve(config):
         if method not in methods and value not in (usual, fixed.get(name, usual)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise ham.InputError(f"{flag}: {method} has no such setting")
+    if config.grouping in GROUPINGS[2:] and method != "ham":
+        raise ham.InputError(f"--grouping {config.grouping}: {method} has cosine and random only")
     if (config.gain or config.share) and config.merge != "solution":
         raise ham.InputError(f"--merge {config.merge}: --gain and --share go with solution only")
     if config.superclasses:
@@ -729,15 +735,12 @@ def prepare(config):
     if config.lr is None and config.method != "frozen":
         n = config.epochs * sum(data.sizes("train")) / config.tasks
         config = dataclasses.replace(config, lr=learning_rate(config.method, n))
-    if config.method == "treelora":
-        for block in vit.blocks:  # fused attention has no second derivative
-            block.attn.fused_attn = False
     w0 = {} if config.method == "frozen" else ham.lora_layers(vit, config.layers)
     kind = METHODS.get(config.method) or ham.METHODS[config.method][0]
-    varied = config.gain or config.share or config.grouping == "random"
+    varied = config.gain or config.share or config.grouping != "cosine"
     kind = Variant if varied and config.method == "ham" else kind
     method = kind(w0, config)
-    if config.method == "onward":
+    if config.method == "onward" or config.grouping == "features":
         every = [ham.extract(vit, {}, data, "train", task, config)[0] for task in data.tasks]
         method.features = torch.stack([F.normalize(x, dim=1).mean(0) for x in every])
     return vit, method, data, loss_of(method)

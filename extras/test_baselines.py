@@ -145,15 +145,23 @@ def test_mistakes_are_one_line(capsys):
     assert c.read_out == "class-mean" and not c.train_alpha and baselines.resolve(c) == c
 
 
-def test_random_grouping_opens_like_cosine_and_then_draws():
-    joined, w0 = {}, {"x": torch.zeros(9, 8)}
-    for grouping, seed in (("cosine", 1), ("random", 1), ("random", 2)):
+def test_groupings_open_like_cosine_and_then_choose_otherwise():
+    joined, w0, features = {}, {"x": torch.zeros(9, 8)}, torch.randn(8, 5)
+    cases = [("cosine", 1), ("random", 1), ("random", 2), ("least", 1), ("features", 1)]
+    for grouping, seed in cases:
         method = baselines.Variant(w0, plain(g_max=3, tau=1.0, grouping=grouping, seed=seed))
-        draw = torch.Generator().manual_seed(0)
+        draw, method.features = torch.Generator().manual_seed(0), features
         for task in range(8):
-            trained = method.start()
+            trained, groups = method.start(), [list(g.members) for g in method.groups]
             trained.adapter["x"][0].data.normal_(generator=draw)
-            joined.setdefault((grouping, seed), []).append(method.finish(task, trained)["group"])
+            record = method.finish(task, trained)
+            joined.setdefault((grouping, seed), []).append(record["group"])
+            if grouping == "least" and task > 2:
+                assert record["similarities"][record["group"]] == min(record["similarities"])
+            if grouping == "features" and task > 2:
+                means = [sum(features[k] for k in members) / len(members) for members in groups]
+                near = [torch.cosine_similarity(features[task], x, 0) for x in means]
+                assert near[record["group"]] == max(near)
     assert all(groups[:3] == [0, 1, 2] for groups in joined.values())
     want = [np.random.RandomState((1, task)).randint(3) for task in range(3, 8)]
     assert joined["random", 1][3:] == want and joined["random", 1] != joined["random", 2]
@@ -328,19 +336,17 @@ def test_a_stopped_run_goes_on_to_the_same_figures(method, config, tmp_path, mon
 
 @pytest.mark.parametrize("tasks", [1, 2, 7, 40])
 def test_tree_halves_the_tasks_at_the_median_distance(tasks):
-    gradients = [list(torch.randn(7, 3)) for _ in range(tasks)]
-    root = baselines.grow(list(range(tasks)), gradients)
+    thetas = [list(torch.randn(7, 3)) for _ in range(tasks)]
+    root = baselines.grow(list(range(tasks)), thetas)
     leaves = [leaf.tasks for leaf in root.leaves()]
     assert sorted(k for leaf in leaves for k in leaf) == list(range(tasks))
     assert len(leaves) == min(tasks, 32) and max(map(len, leaves)) <= 2
 
     def check(node, levels):  # 5 levels over 7 layers
-        for layer, gradient in enumerate(node.gradient):
-            mean = torch.stack([gradients[k][layer] for k in node.tasks]).mean(0)
-            far = {k: (gradients[k][layer] - mean).abs().sum().item() for k in node.tasks}
-            if len(node.tasks) > 1 and not node.children:  # as long as that of one task
-                mean = mean / mean.abs().sum()
-            torch.testing.assert_close(gradient, mean)
+        for layer, theta in enumerate(node.theta):
+            mean = torch.stack([thetas[k][layer] for k in node.tasks]).mean(0)
+            far = {k: (thetas[k][layer] - mean).abs().sum().item() for k in node.tasks}
+            torch.testing.assert_close(theta, mean)
             assert node.delta[layer] == pytest.approx(sorted(far.values())[(len(far) - 1) // 2])
             if node.children and layer == levels[0]:
                 near, rest = (x.tasks for x in node.children)
@@ -355,8 +361,8 @@ def test_similar_tasks_share_a_branch():
     """By the first layer the majority, then, among these, by the second the pair in the middle."""
     first = {0: 5.0, 2: 5.1, 3: 4.9, 6: 5.0, 1: -5.0, 4: -6.0, 5: -7.0}
     second = {0: 1.0, 6: 1.1, 2: 5.0, 3: -4.0, 1: 0.0, 4: 0.1, 5: 9.0}
-    gradients = [[torch.full((4,), layer[k]) for layer in (first, second)] for k in range(7)]
-    root = baselines.grow(list(range(7)), gradients)
+    thetas = [[torch.full((4,), layer[k]) for layer in (first, second)] for k in range(7)]
+    root = baselines.grow(list(range(7)), thetas)
     assert [node.tasks for node in root.children] == [[0, 2, 3, 6], [1, 4, 5]]
     assert [leaf.tasks for leaf in root.leaves()] == [[0, 6], [2, 3], [1, 4], [5]]
 
@@ -372,8 +378,8 @@ def spread(seen, leaves):
 
 
 def test_bound_is_equation_2_by_brute_force():
-    draw, gradients = random.Random(0), [[torch.randn(5), torch.randn(5)] for _ in range(12)]
-    root = baselines.grow(list(range(12)), gradients)
+    draw, thetas = random.Random(0), [[torch.randn(5), torch.randn(5)] for _ in range(12)]
+    root = baselines.grow(list(range(12)), thetas)
     bandit, seen, decisive = baselines.Bandit(root, 1), [], set()
 
     def bound(node, sigma):
@@ -403,8 +409,8 @@ def test_exploring_pays():
     """An unlucky first sight of the nearest task is looked at again; no task is taken for good."""
     for seed in range(5):
         draw, fixed = random.Random(seed), torch.Generator().manual_seed(seed)
-        gradients = [list(torch.randn(3, 4, generator=fixed)) for _ in range(8)]
-        root = baselines.grow(list(range(8)), gradients)
+        thetas = [list(torch.randn(3, 4, generator=fixed)) for _ in range(8)]
+        root = baselines.grow(list(range(8)), thetas)
         bandit, nearest, taken = baselines.Bandit(root, 0), root.leaves()[seed], []
         for _ in range(400):
             path = bandit.choose()
@@ -415,49 +421,46 @@ def test_exploring_pays():
         assert all(bandit.n[leaf] > 1 for leaf in root.leaves())
 
 
-def test_each_layer_finds_its_own_task():
-    """Noise is half of what sets the tasks apart."""
-    method, draw = (
-        baselines.TreeLoRA({"x": torch.zeros(3, 4)}, plain()),
-        torch.Generator().manual_seed(0),
-    )
-    method.gradients = [list(torch.randn(3, 50, generator=draw)) for _ in range(6)]
-    method.start()
-    nearest = [4, 1, 2]
+@pytest.mark.parametrize("grouping", ["cosine", "random"])
+def test_each_layer_finds_its_own_task(grouping):
+    """Adapters that keep moving around that of one earlier task; drawn leaves are taken alike."""
+    w0 = {name: torch.zeros(3, 4) for name in "xyz"}
+    draw = torch.Generator().manual_seed(0)
+    method = baselines.TreeLoRA(w0, plain(grouping=grouping, penalty=1.0))
+    method.thetas = [list(torch.randn(3, 14, generator=draw)) for _ in range(6)]
+    trained, nearest = method.start(), [4, 1, 2]
     for _ in range(200):
-        noise = 0.5 * torch.randn(3, 50, generator=draw)
-        g = [method.gradients[k][layer] + noise[layer] for layer, k in enumerate(nearest)]
-        method.distance(g, g)
-    method.sum = [torch.zeros(50)] * 3
-    record = method.finish(6, trainable(*factors()))
+        for (b, a), k, layer in zip(trained.adapter.values(), nearest, range(3)):
+            theta = method.thetas[k][layer] + 0.5 * torch.randn(14, generator=draw)
+            b.data, a.data = theta[:6].view(3, 2), theta[6:].view(2, 4)
+        method.penalty(trained, torch.tensor(0.0))
+    record = method.finish(6, trained)
+    assert record["leaves"] == [leaf.tasks for leaf in method.bandits[0].root.leaves()]
     for k, taken in zip(nearest, record["taken"]):
-        assert sum(taken) == 200 and 100 < max(taken) < 200
-        assert record["leaves"][taken.index(max(taken))] == [k]
+        own = taken[record["leaves"].index([k])]
+        assert sum(taken) == 200
+        if grouping == "cosine":
+            assert own == max(taken) and own > 100
+        else:  # by halves: 1 / 4 or 1 / 8 each
+            assert 10 < min(taken) and max(taken) < 80
+    assert [x.tolist() for x in method.thetas[6]] == [
+        baselines.vector(ba).tolist() for ba in trained.detached().values()
+    ]
 
 
-def test_treelora_penalty_has_the_gradient_of_the_distance():
-    """By A and B, against finite differences, where the gradient depends on the parameters."""
-    torch.manual_seed(0)
-    start, method = (
-        factors(dtype=torch.double),
-        baselines.TreeLoRA({"x": torch.zeros(3, 4)}, plain(penalty=0.1)),
-    )
-    near = torch.randn(14, dtype=torch.double) / 14
-    method.gradients = [[near]]
-    method.start()
-
-    def gradient(theta):
-        p = trainable(theta[:6].view(3, 2), theta[6:].view(2, 4)).adapter["x"]
-        return baselines.vector(torch.autograd.grad(((p[0] @ p[1]) ** 3).sum(), p))
-
-    p, theta = trainable(*start), baselines.vector(start)
-    size = gradient(theta).abs().sum()  # here, a number
-    b, a = p.adapter["x"]
-    method.penalty(p, ((b @ a) ** 3).sum()).backward()
-    steps = 1e-6 * torch.eye(14, dtype=torch.double)
-    ends = [[(gradient(theta + x) / size - near).abs().sum() for x in (s, -s)] for s in steps]
-    slopes = torch.stack([0.1 * (up - down) / 2e-6 for up, down in ends])
-    torch.testing.assert_close(baselines.vector((b.grad, a.grad)), slopes, rtol=1e-4, atol=1e-7)
+def test_treelora_penalty_by_hand():
+    """Two layers, one earlier task: λ times the mean of the layers' L1 distances, and its slope."""
+    w0 = {"x": torch.zeros(1, 1), "y": torch.zeros(1, 1)}
+    method = baselines.TreeLoRA(w0, plain(penalty=0.1, rank=1))
+    method.thetas = [[torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])]]
+    trained = method.start()
+    for b, a in trained.adapter.values():
+        b.data, a.data = torch.tensor([[4.0]]), torch.tensor([[1.0]])
+    penalty = method.penalty(trained, torch.tensor(0.0))
+    penalty.backward()
+    assert penalty.item() == pytest.approx(0.1 * (3 + 1 + 4 + 2) / 2)
+    slopes = [x.grad.item() for ba in trained.adapter.values() for x in ba]
+    assert slopes == pytest.approx([0.05, -0.05, 0.05, 0.05])
 
 
 # -------------------------------------------------------------------------------------------- SAFM
