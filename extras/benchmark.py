@@ -171,6 +171,31 @@ def steps(bench, args):
     return per_second(variants, args)
 
 
+def task(bench, args):
+    """ham.train_task and ham.extract as they are, on 32 px images, with five groups."""
+    config, vit, n = dataclasses.replace(bench.config, epochs=1, tasks=1), bench.vit(), args.rounds
+    pixels = torch.randint(256, (n * args.batch_size, 3, 32, 32), dtype=torch.uint8)
+    labels = (torch.arange(len(pixels)) * bench.classes) // len(pixels)
+    both, cfg = ("train", "test"), timm.data.resolve_model_data_config(vit)
+    own = [range(bench.classes)]
+    data = ham.Data(
+        dict.fromkeys(both, pixels), dict.fromkeys(both, labels), [], own, cfg, config.device
+    )
+    method = bench.method(vit, 5)
+    method.config, weights = config, method.folded()
+    train, test = (
+        medians({"": run}, 1)[""]
+        for run in (
+            lambda: ham.train_task(vit, method, data, 0),
+            lambda: ham.extract(vit, weights, data, "test", own[0], config),
+        )
+    )
+    row = {"training images/s": len(pixels) / (train - test), "test images/s": len(pixels) / test}
+    if "cuda" in config.device:
+        row["peak MiB"] = torch.cuda.max_memory_allocated(config.device) / 2**20
+    return pd.DataFrame([row])
+
+
 def adapters(bench, args):
     """HAM's groups beside an adapter for each of T tasks, all active."""
     train, test = {"HAM, 5 groups": bench.ours(5)}, {"HAM, 5 groups": bench.test_ours(5)}
@@ -258,6 +283,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tables = {
             "A training step": steps(bench, args),
+            "A task of ham.py": task(bench, args),
             "Groups beside an adapter per task": adapters(bench, args),
             "A sequence of 100 tasks": sequence(bench, args),
             "Image files": loops(bench, args, Path(folder) / "images"),

@@ -63,7 +63,7 @@ def accuracy(runs):
 def stored(runs, controls):
     """Final accuracy against the parameters kept, a panel per setting. controls: which rows are."""
     settings = runs.groupby("setting", sort=False)
-    fig, axes = panels(len(settings), size=(9, 4))
+    fig, axes = panels(len(settings), size=(4.5 * len(settings), 4))
     for ax, (setting, own) in zip(axes, settings):
         means = own.groupby("row")
         x, y = means["parameters_stored"].mean(), means["final_accuracy"].mean()

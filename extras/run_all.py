@@ -41,22 +41,54 @@ def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160, lr=None):
             RUNS[run] += f" --lr {lr[method]:g}"
 
 
-ONE = SEEDS[:1]  # where a method has one seed it is 1993
+ONE, FIVE = SEEDS[:1], (*SEEDS, *MORE)  # where a method has one seed it is 1993
 FIXED = "frozen joint"
 OTHERS = "treelora safm sd_lora o_lora ewc first onward"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 
-# Learning rates from before there was a law: CIFAR-100 with few and with many images per class, and
-# CUB-200. None: by the law.
+# 1. CIFAR-100, all images, by the law of learning rates
+for seeds in (SEEDS, MORE):
+    add("cifar100", 20, "ham sequential average", "", "all", seeds)
+add("cifar100", 20, FIXED, "", "all", ONE)
+add("cifar100", 20, "ham", "--group-rank 8", "all-R8")
+for tasks in (50, 10):
+    add("cifar100", tasks, "ham sequential average", "", "all")
+add("cifar100", 20, "o_lora ewc treelora safm", "", "all", ONE)
+add("cifar100", 20, "ham sequential", "", "224px", ONE, px=224)
+add("cifar100", 20, "ham", "", "160px", ONE)  # as `all`, on another machine
+
+# 2. CIFAR-100, 50 training images per class, by the law, on one GPU
+for tasks in (20, 50, 10):
+    add("cifar100", tasks, "ham sequential average", I50, "i50-gpu", FIVE)
+    add("cifar100", tasks, "ham", f"{I50} --group-rank 8", "i50-gpu-R8", FIVE)
+    add("cifar100", tasks, "ham", f"{I50} --group-rank 16", "i50-gpu-R16", FIVE)
+    add("cifar100", tasks, "onward", I50, "i50-gpu", FIVE)
+GROUPINGS = {
+    "random": "--grouping random",
+    "R8-random": "--group-rank 8 --grouping random",
+    "R8-features": "--group-rank 8 --grouping features",
+    "R8-least": "--group-rank 8 --grouping least",
+    "share0.3": "--g-max 1 --no-train-alpha --share 0.3",
+    "share0.5": "--g-max 1 --no-train-alpha --share 0.5",
+}
+for part, flags in GROUPINGS.items():
+    add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-gpu-{part}", FIVE)
+add("cifar100", 20, "onward", f"{I50} --grouping random", "i50-gpu-random", FIVE)
+add("cifar100", 20, "onward", f"{I50} --superclasses", "i50-gpu-super", FIVE)
+add("cifar100", 20, "treelora", I50, "i50-gpu")
+add("cifar100", 20, "treelora", f"{I50} --grouping random", "i50-gpu-random")
+add("cifar100", 20, "o_lora ewc sd_lora safm first", I50, "i50-gpu")
+add("cifar100", 20, "ham", f"{I50} --precision fp32", "i50-gpu-fp32", ONE)
+
+# 3. CIFAR-100, 50 per class, and many; CUB-200, all images: on CPUs. Learning rates from before
+# there was a law: CIFAR-100 with few and with many images per class, and CUB-200. None: by the law.
 FEW = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2}
 FEW |= {"sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3}
 MANY = {"ham": 3e-4, "sequential": 1e-4, "average": 3e-3}
 MANY |= {"sd_lora": 3e-4, "o_lora": 3e-4, "ewc": 3e-4}
 CUB = {"ham": 1e-3, "sequential": 1e-4, "average": 3e-3}
 CUB |= {"sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 1e-3}
-
-# 1. CIFAR-100, 50 training images per class
 for tasks in (20, 50, 10, 5):
     rates = FEW if tasks > 10 else FEW | {"ham": None, "sequential": None}  # there by the law
     add("cifar100", tasks, "ham sequential average", I50, "i50", lr=rates)
@@ -64,23 +96,18 @@ for tasks in (20, 50, 10, 5):
 add("cifar100", 20, "ham sequential average", I50, "i50", MORE, lr=FEW)
 add("cifar100", 50, "ham sequential", I50, "i50", MORE, lr=FEW)
 add("cifar100", 20, "sequential", I50, "i50-law")
-add("cifar100", 20, OTHERS, I50, "i50")
+add("cifar100", 20, "safm sd_lora o_lora ewc first", I50, "i50")
 add("cifar100", 50, "o_lora ewc", I50, "i50")
-add("cifar100", 50, "treelora safm sd_lora", I50, "i50", ONE)
-add("cifar100", 10, OTHERS, I50, "i50", ONE, lr=FEW)
-
-# 2. CUB-200, all images
+add("cifar100", 50, "safm sd_lora", I50, "i50", ONE)
 add("cub200", 10, "ham sequential average treelora safm o_lora ewc first", lr=CUB)
 add("cub200", 10, "ham sequential", seeds=MORE, lr=CUB)
 add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE, lr=CUB)
 add("cub200", 20, "ham sequential average frozen", seeds=ONE, lr=CUB)
-
-# 3. CIFAR-100, many images
+add("cub200", 100, "ham", seeds=ONE)
+add("cub200", 100, "ham", "--group-rank 8", "R8", ONE)
 add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250", lr=MANY)
 add("cifar100", 20, f"average {FIXED} sd_lora", I250, "i250", ONE, lr=MANY)
 add("cifar100", 50, "ham sequential", I250, "i250", ONE, lr=MANY)
-add("cifar100", 20, "ham sequential frozen", "", "160px", ONE, lr=MANY | {"ham": None})
-add("cifar100", 20, "ham sequential frozen joint", "", "224px", ONE, px=224, lr=MANY)
 
 # 4. The parts, each switched off by itself; and tasks that are CIFAR-100's superclasses
 PARTS = {
@@ -96,8 +123,6 @@ PARTS = {
     "no-alpha": "--no-train-alpha",
     "gmax2": "--g-max 2",
     "gmax10": "--g-max 10",
-    "share0.3": "--g-max 1 --no-train-alpha --share 0.3",
-    "share0.5": "--g-max 1 --no-train-alpha --share 0.5",
 }
 for part, flags in PARTS.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{part}")
@@ -105,20 +130,7 @@ SUPER = f"{I50} --superclasses"
 add("cifar100", 20, "ham", SUPER, "i50-super")
 add("cifar100", 20, "ham", f"{SUPER} --grouping random", "i50-super-random")
 
-# 5. Groups cut back to a fixed rank, so that storage does not grow with the tasks
-for tasks in (20, 50, 10):
-    for rank in (8, 16):
-        add("cifar100", tasks, "ham", f"{I50} --group-rank {rank}", f"i50-R{rank}")
-add("cifar100", 20, "ham", f"{I50} --group-rank 8", "i50-R8", MORE)
-add("cifar100", 20, "ham", f"{I50} --group-rank 8 --grouping random", "i50-R8-random")
-add("cub200", 100, "ham", seeds=ONE)
-add("cub200", 100, "ham", "--group-rank 8", "R8", ONE)
-
-add("cifar100", 50, "onward", I50, "i50")
-for part, flags in {"random": "--grouping random", "super": "--superclasses"}.items():
-    add("cifar100", 20, "onward", f"{I50} {flags}", f"i50-{part}")
-
-# 6. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
+# 5. How far rounding moves a run: again, in fp32, with two threads (--jobs 1 on two processors)
 for again, flags in {"again": "", "fp32": "--precision fp32", "2threads": ""}.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-{again}", ONE)
 

@@ -24,7 +24,17 @@ RESULTS = ROOT / "results"
 CONTROLS = ["ham", "sequential", "average", "frozen", "joint"]
 OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc", "onward"]
 METHODS = CONTROLS + OTHERS
-RANKS = {"ham, R = 8": "R8", "ham, R = 8, random": "R8-random", "ham, R = 16": "R16"}
+RANKS = {  # row: method, what is added to the setting's --name
+    "ham, R = 8": ("ham", "R8"),
+    "ham, R = 16": ("ham", "R16"),
+    "ham, R = 8, random group": ("ham", "R8-random"),
+    "ham, R = 8, by features": ("ham", "R8-features"),
+    "ham, R = 8, least similar": ("ham", "R8-least"),
+}
+LEAVES = {
+    "treelora, random leaf": ("treelora", "random"),
+    "treelora, gradients": ("treelora", "before"),
+}
 DATA = {"cifar100": "CIFAR-100", "cub200": "CUB-200"}
 DATA |= {"tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
 SETTINGS = {  # in which methods are compared: data set, tasks, --name
@@ -34,14 +44,18 @@ SETTINGS = {  # in which methods are compared: data set, tasks, --name
     "CIFAR-100, 50 per class, T = 50": ("cifar100", 50, "i50"),
     "CIFAR-100, 250 per class, T = 20": ("cifar100", 20, "i250"),
     "CIFAR-100, 250 per class, T = 50": ("cifar100", 50, "i250"),
-    "CIFAR-100, all images, T = 20": ("cifar100", 20, "160px"),
+    "CIFAR-100, 50 per class, GPU, T = 20": ("cifar100", 20, "i50-gpu"),
+    "CIFAR-100, 50 per class, GPU, T = 50": ("cifar100", 50, "i50-gpu"),
+    "CIFAR-100, all images, T = 10": ("cifar100", 10, "all"),
+    "CIFAR-100, all images, T = 20": ("cifar100", 20, "all"),
+    "CIFAR-100, all images, T = 50": ("cifar100", 50, "all"),
     "CIFAR-100, all images, 224 px, T = 20": ("cifar100", 20, "224px"),
     "CUB-200, T = 10": ("cub200", 10, ""),
     "CUB-200, T = 20": ("cub200", 20, ""),
     "CUB-200, T = 100": ("cub200", 100, ""),
 }
-HEADLINE = {"CIFAR-100, 50 per class, T = 20": "CIFAR-100, T = 20"}
-HEADLINE |= {"CIFAR-100, 50 per class, T = 50": "CIFAR-100, T = 50"}
+HEADLINE = {"CIFAR-100, all images, T = 20": "CIFAR-100, T = 20"}
+HEADLINE |= {"CIFAR-100, 50 per class, T = 20": "50 per class, T = 20"}
 HEADLINE |= {"CUB-200, T = 10": "CUB-200, T = 10"}
 CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; what is changed: --name
     "random classes": {
@@ -58,17 +72,24 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
         "α fixed at 1": "i50-no-alpha",
         "G_max = 2": "i50-gmax2",
         "G_max = 10": "i50-gmax10",
-        "no groups, 0.3 of each adapter": "i50-share0.3",
-        "no groups, 0.5 of each adapter": "i50-share0.5",
+    },
+    "random classes, GPU": {
+        "ham": "i50-gpu",
+        "random group": "i50-gpu-random",
+        "no groups, 0.3 of each adapter": "i50-gpu-share0.3",
+        "no groups, 0.5 of each adapter": "i50-gpu-share0.5",
     },
     "superclasses": {"ham": "i50-super", "random group": "i50-super-random"},
     "noise": {
         "ham": "i50",
         "again": "i50-again",
         "two threads": "i50-2threads",
-        "fp32": "i50-fp32",
+        "a GPU": "i50-gpu",
+        "a GPU, fp32": "i50-gpu-fp32",
     },
+    "noise, all images": {"ham": "all", "a CPU": "160px"},
 }
+PARTS = ["random classes", "random classes, GPU", "superclasses"]
 RUN = ["config.dataset", "config.tasks", "config.method", "config.name"]
 
 
@@ -78,8 +99,8 @@ def rows():
     for setting, (data, tasks, name) in SETTINGS.items():
         for method in METHODS:
             found.append((setting, method, data, 1 if method == "joint" else tasks, method, name))
-        for row, rank in RANKS.items():
-            found.append((setting, row, data, tasks, "ham", f"{name}-{rank}".strip("-")))
+        for row, (method, part) in (RANKS | LEAVES).items():
+            found.append((setting, row, data, tasks, method, f"{name}-{part}".strip("-")))
     for setting, changed in CHANGED.items():
         for row, name in changed.items():
             found.append((setting, row, "cifar100", 20, "ham", name))
@@ -204,7 +225,8 @@ def first_runs(results=RESULTS):
             + r["config.precision"],
         }
     )
-    return table.set_axis(r["setting"].map(HEADLINE)).rename_axis("run")
+    table = table.set_axis(r["setting"].map(HEADLINE)).rename_axis("run")
+    return table.loc[[x for x in HEADLINE.values() if x in table.index]]
 
 
 def controls(results=RESULTS):
@@ -237,7 +259,7 @@ def growth(results=RESULTS):
 
 def others(results=RESULTS):
     """HAM, `sequential` and the methods of extras/baselines.py, where one of these was run."""
-    r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS])
+    r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS, *LEAVES])
     r = r[r["setting"].isin(r["setting"][r["row"].isin(OTHERS)])]
     columns = ["final accuracy", "ham − it", "forgetting", "task known", "stored", "seeds"]
     return summary(r, columns)
@@ -246,7 +268,7 @@ def others(results=RESULTS):
 def parts(results=RESULTS):
     """HAM's parts, each changed by itself. Drift: oracle means − final accuracy."""
     columns = ["final accuracy", "ham − it", "forgetting", "learning", "drift", "seeds"]
-    r = runs(results, ["random classes", "superclasses"])
+    r = runs(results, PARTS)
     return summary(r, columns, ["tasks of", "changed"])
 
 
@@ -259,7 +281,7 @@ def fixed_rank(results=RESULTS):
 
 def measures(results=RESULTS):
     """Every measure of every row."""
-    r = runs(results, [*SETTINGS, "random classes", "superclasses"])
+    r = runs(results, [*SETTINGS, *PARTS])
     columns = [*list(COLUMNS)[:7], "training s", "stored", "which seeds"]
     return summary(r, columns, ["setting", "row"])
 
@@ -281,17 +303,18 @@ def settings(results=RESULTS):
 
 def noise(results=RESULTS):
     """How far a run moves where nothing that matters is changed, and how near joins are to a tie."""
-    r, lines = runs(results, ["noise"]), {}
-    for seed, own in r.groupby("config.seed"):
+    r, lines = runs(results, ["noise", "noise, all images"]), {}
+    for (setting, seed), own in r.groupby(["setting", "config.seed"]):
         first = own[own["row"] == "ham"].iloc[0]
-        for run in own.itertuples() if len(own) > 1 else ():
+        for run in own[own["row"] != "ham"].itertuples():
             joins = [
                 sorted(t["similarities"])[-2:]
                 for t in run.tasks
                 if len(t["similarities"]) == 5  # all groups are open: best and second
             ]
             a, b = (pd.DataFrame(tasks) for tasks in (run.tasks, first["tasks"]))
-            lines[run.row, f"{seed}", run.hardware] = {
+            images = "all" if "all" in setting else "50"
+            lines[images, run.row, f"{seed}", run.hardware] = {
                 "final accuracy": f"{run.final_accuracy:.1f}",
                 "largest difference of A_t": f"{(a.accuracy - b.accuracy).abs().max():.1f}",
                 "tasks in another group": f"{(a.group != b.group).sum()}",
@@ -299,7 +322,7 @@ def noise(results=RESULTS):
                 "above 0.1": f"{sum(best > 0.1 for _, best in joins)}",
                 "median margin": f"{np.median([best - second for second, best in joins]):.3f}",
             }
-    return pd.DataFrame(lines).T.rename_axis(["run", "seed", "hardware"])
+    return pd.DataFrame(lines).T.rename_axis(["per class", "run", "seed", "hardware"])
 
 
 def held_out(results=RESULTS):
@@ -317,6 +340,8 @@ def held_out(results=RESULTS):
         s = {"method": "ham", "tasks": config.get("tasks")} | usual | run["settings"]
         s |= {k: config[k] for k in ("lr", "penalty") if config.get(k)}
         changed = [f"{k} {x}".removesuffix(".0") for k, x in s.items() if k not in budget + hidden]
+        gpu = "NVIDIA" in run.get("hardware", "")
+        changed = [x for x in changed if (gpu, x) != (True, "precision bf16")] + ["GPU"] * gpu
         changed += [run["code_change"]] if "code_change" in run else []
         changed += [f"λ = {s['penalty']:g}"] if s.get("penalty") else []
         line = [*(s[k] for k in budget), run["tasks_learnt"], s["method"], ", ".join(changed)]
@@ -407,8 +432,9 @@ def fill(text, results=RESULTS):
 
 def pictures(results=RESULTS):
     """-> dict file name: figure"""
-    main, cub = "CIFAR-100, 50 per class, T = 20", "CUB-200, T = 10"
-    stored = runs(results, [main, cub], METHODS + [*RANKS])
+    main, cub = "CIFAR-100, all images, T = 20", "CUB-200, T = 10"
+    few = [setting for setting in SETTINGS if ", 50 per" in setting and "T = 20" in setting]
+    stored = runs(results, [*few, cub], [*METHODS, *list(RANKS)[:1]])
     accuracy = figures.accuracy(runs(results, [main], CONTROLS))
     return {"accuracy.svg": accuracy, "stored.svg": figures.stored(stored, CONTROLS[1:])}
 

@@ -11,12 +11,17 @@ import pytest
 RESULTS = Path(__file__).parent.parent / "results"
 T975 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764}  # of Student's t, by number of seeds
 FOLDERS = {"random classes": "cifar100-T20-ham-i50", "superclasses": "cifar100-T20-ham-i50-super"}
+FOLDERS |= {"random classes, GPU": "cifar100-T20-ham-i50-gpu"}
 CHANGED = {"ham": "", "one group": "-one-group", "one group (gain 5)": "-one-group-gain5"}
 CHANGED |= {"random group": "-random", "one group per task": "-each-its-own", "no pruning": "-rho1"}
 CHANGED |= {"sum (literal)": "-sum", "mean of what was added": "-mean", "ρ = 0.5": "-rho0.5"}
 CHANGED |= {"ρ = 0.3": "-rho0.3", "α fixed at 1": "-no-alpha", "G_max = 2": "-gmax2"}
 CHANGED |= {"G_max = 10": "-gmax10"}
 CHANGED |= {f"no groups, {c} of each adapter": f"-share{c}" for c in (0.3, 0.5)}
+
+
+WORDS = {"random group": "random", "by features": "features", "least similar": "least"}
+WORDS |= {"random leaf": "random", "gradients": "before"}
 
 
 def table(page, name):
@@ -33,11 +38,15 @@ def runs(setting, row):
         folder = FOLDERS[setting] + CHANGED[row]
     else:
         data, *part, tasks = setting.split(", ")
-        name = {"50 per class": "-i50", "250 per class": "-i250", "all images": "-160px"}
-        part = "-224px" if "224 px" in part else name[part[0]] if part else ""
+        name = {"50 per class": "-i50", "250 per class": "-i250", "all images": "-all"}
+        gpu = "-gpu" if "GPU" in part else ""
+        part = "-224px" if "224 px" in part else name[part[0]] + gpu if part else ""
         if row.startswith("ham, R = "):  # groups of a fixed rank
-            row, rank = row.split(", R = ")
-            part += f"-R{rank.replace(', ', '-')}"
+            row, rank, *how = re.split(", R = |, ", row)
+            part += f"-R{rank}" + "".join("-" + WORDS[x] for x in how)
+        if row.startswith("treelora, "):
+            row, how = row.split(", ")
+            part += "-" + WORDS[how]
         tasks = "T1" if row == "joint" else tasks.replace(" = ", "")
         row, *law = row.split(", by the ")  # sequential, by the law
         part += "-law" if law else ""
