@@ -292,9 +292,11 @@ def settings(results=RESULTS):
     r["test images"] = r["test_images_per_task"].map(sum)
     keys = ["config.model", "config.img_size", "config.epochs", "config.images_per_class"]
     keys += ["test images", "config.precision", "hardware", "versions.torch", "versions.timm"]
+    keys += ["ham_sha256"]
 
-    def distinct(values):  # no cap on the images per class: all
-        found = sorted({x if isinstance(x, str) else f"{x:,g}" for x in values.dropna()})
+    def distinct(values):  # no cap on the images per class: all; of a digest, its beginning
+        cut = 7 if values.name == "ham_sha256" else None
+        found = sorted({x[:cut] if isinstance(x, str) else f"{x:,g}" for x in values.dropna()})
         return " and ".join(found) or "all"
 
     table = r.groupby("setting", sort=False)[keys].agg(distinct)

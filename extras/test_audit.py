@@ -84,7 +84,7 @@ def test_every_row_of_all_measures():
         assert float(row["stored"].strip(" k").replace(",", "")) == pytest.approx(stored, abs=0.51)
 
 
-@pytest.mark.parametrize("name", ["others", "parts"])
+@pytest.mark.parametrize("name", ["others", "parts", "fixed_rank"])
 def test_every_difference_and_its_interval(name):
     for row in table("README.md", name):
         setting = row.get("setting") or row["tasks of"]
@@ -101,3 +101,20 @@ def test_every_difference_and_its_interval(name):
             assert shown == pytest.approx(want, abs=0.0501) and len(shown) == (3 if half else 1), (
                 row
             )
+
+
+def test_every_difference_of_the_controls():
+    columns = {"ham − sequential": ("sequential", 0), "ham − average": ("average", 0)}
+    columns["forgetting: ham − sequential"] = ("sequential", 2)
+    for row in table("README.md", "controls"):
+        ham = runs(row["setting"], "ham")
+        assert len(ham) == int(row["seeds of ham"])
+        for column, (method, which) in columns.items():
+            other = runs(row["setting"], method)
+            gaps = [measured(ham[s])[which] - measured(other[s])[which] for s in ham if s in other]
+            shown = [float(x) for x in re.findall(r"[+-]?\d[\d.]*", row[column].replace("*", ""))]
+            want = [statistics.fmean(gaps)] if gaps else []
+            if len(gaps) > 1:
+                half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+                want += [want[0] - half, want[0] + half]
+            assert shown == pytest.approx(want, abs=0.0501), (row, column)

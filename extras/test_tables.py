@@ -19,7 +19,11 @@ def write(folder, method, seed, final, total=20, name="i50", **result):
     config = {"dataset": "cifar100", "tasks": total, "method": method, "name": name, "seed": seed}
     config |= {"model": "vit", "img_size": 160, "epochs": 5, "images_per_class": None}
     config["precision"] = "fp32"
-    plain = {"parameters_stored": 1_234_400, "parameters_trained": 9_400}
+    plain = {
+        "ham_sha256": "0123456789",
+        "parameters_stored": 1_234_400,
+        "parameters_trained": 9_400,
+    }
     plain |= {"config": config, "final_accuracy": final, "test_images_per_task": [600, 500]}
     plain |= {"forgetting": 80 - final, "hardware": "cpu", "versions": {"torch": "2", "timm": "1"}}
     plain["tasks"] = []
@@ -98,7 +102,7 @@ def test_other_seeds_missing_rows_and_missing_figures(results):
     assert seconds["ham"] == "20 ± 20" and seconds["ewc"] == "30 ± 14" and seconds["joint"] == "0"
     assert measures["which seeds"]["ewc"] == "1994, 1995"
     budget = tables.settings(results)
-    want = ["vit", "160", "5", "all", "1,100", "fp32", "cpu", "2", "1"]
+    want = ["vit", "160", "5", "all", "1,100", "fp32", "cpu", "2", "1", "0123456"]
     assert budget.loc["CIFAR-100, 50 per class, T = 20"].tolist() == want
 
 
