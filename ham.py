@@ -526,7 +526,7 @@ def save(folder, vit, method, data, state):
     stored = [x for x in tree_leaves(method.state()) if torch.is_tensor(x)] + [rows]
     results["parameters_stored"] = sum(x.numel() for x in stored)  # W0 aside
     text, model = json.dumps(results, indent=1, allow_nan=False) + "\n", copy.deepcopy(vit).cpu()
-    with input_error(f"saving in {folder}", "disk full? timm < 1.0.31? a head of several layers?"):
+    with input_error(f"saving in {folder}", "disk full? timm < 1.0.31? head not one linear layer?"):
         model.reset_classifier(len(rows))
         head = {"weight": F.normalize(rows, dim=1), "bias": torch.zeros(len(rows))}
         head = {f"{vit.pretrained_cfg['classifier']}.{k}": x for k, x in head.items()}

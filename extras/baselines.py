@@ -296,11 +296,10 @@ def grow(tasks, thetas, level=0):
 
 class Bandit:
     """Which leaf next, in one layer: down from the root, each time to the smallest bound (Eq. 2,
-    as read above), or drawn.
+    as read above), or, with draw, a RandomState, to a child at random.
 
-    draw: a RandomState, for which each leaf below is as likely; None: by the bound, which is
-    meant for distances with a spread of about 1, so its width takes their own unit, σ: of a leaf's
-    distances around their mean, over all leaves (ours).
+    The bound is meant for distances with a spread of about 1, so its width takes their own unit,
+    σ: of a leaf's distances around their mean, over all leaves (ours).
     """
 
     def __init__(self, root, layer, draw=None):
