@@ -245,16 +245,20 @@ def controls(results=RESULTS):
 
 
 def growth(results=RESULTS):
-    """Does the advantage grow with the number of tasks?"""
+    """Does the advantage grow with the number of tasks? Last: its slope on log T, by seed."""
     r = runs(results, [setting for setting, run in SETTINGS.items() if run[2] == "i50"])
     final, order = by_seed(r), r["setting"].unique()
     gap = (final["ham"] - final["sequential"])[order]
     more = gap.iloc[:, 1:].sub(gap[order[0]], axis="index")
+    doublings, whole = np.log2([SETTINGS[setting][1] for setting in order]), gap.dropna()
+    if len(order) > 1:
+        slopes = [np.polyfit(doublings, x, 1)[0] for x in whole.to_numpy()]
+        gap = gap.assign(**{"every doubling of T": pd.Series(slopes, whole.index, float)})
     gaps = {"ham − sequential": gap, f"more than at {order[0].split(', ')[-1]}": more}
     table = differences(pd.concat(gaps, axis="columns")).unstack(0).reindex(columns=gaps)
     table["seeds"] = gap.count().map(str)
     table["seeds of both"] = more.count().map(str)
-    return table.loc[order].astype(object).fillna("").rename_axis("setting")
+    return table.loc[list(gap)].astype(object).fillna("").rename_axis("setting")
 
 
 def others(results=RESULTS):

@@ -69,6 +69,17 @@ def test_the_headline_has_intervals_and_seeds(results):
     assert first.tolist() == ["final accuracy 70.0 %", "0", "cpu, fp32"]
 
 
+def test_growth_has_the_slope_on_log_t(tmp_path):
+    """Gaps 1, 2 at T = 5; 2, 4 at 10; 6, 6 at 20: with x = -1, 0, 1 slopes are 2.5 and 2."""
+    for total, gaps in {5: (1, 2), 10: (2, 4), 20: (6, 6)}.items():
+        for seed, gap in enumerate(gaps, 1993):
+            write(tmp_path, "ham", seed, 60.0 + gap, total)
+            write(tmp_path, "sequential", seed, 60.0, total)
+    growth = tables.growth(tmp_path)
+    assert growth.index[-1] == "every doubling of T" and len(growth) == 4
+    assert growth.iloc[-1].tolist() == ["+2.2 [-0.9, +5.4]", "", "2", ""]  # 12.706 × 0.25
+
+
 def test_holm_by_hand():
     # times 4, 3, 2, 1 in rising order, never below the one before, never above 1
     p = tables.holm(pd.Series({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.005, "e": np.nan}))
