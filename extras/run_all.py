@@ -151,6 +151,7 @@ def command(name):
         run = json.loads(file.read_text("utf-8"))
         threads = f"OMP_NUM_THREADS={run['hardware'].split()[-2]} "
         precision = f" --precision {run['config']['precision']}"
+        precision = "" if "--precision" in RUNS[name] else precision
     flags = RUNS[name].replace(" --out results", "").replace("  ", " ").strip()
     return f"{threads}python {' '.join(program(RUNS[name]))} {flags}{precision}"
 

@@ -31,7 +31,8 @@ RANKS = {  # row: method, what is added to the setting's --name
     "ham, R = 8, by features": ("ham", "R8-features"),
     "ham, R = 8, least similar": ("ham", "R8-least"),
 }
-LEAVES = {
+BESIDE = {  # likewise, of other methods
+    "onward, random group": ("onward", "random"),
     "treelora, random leaf": ("treelora", "random"),
     "treelora, gradients": ("treelora", "before"),
 }
@@ -99,7 +100,7 @@ def rows():
     for setting, (data, tasks, name) in SETTINGS.items():
         for method in METHODS:
             found.append((setting, method, data, 1 if method == "joint" else tasks, method, name))
-        for row, (method, part) in (RANKS | LEAVES).items():
+        for row, (method, part) in (RANKS | BESIDE).items():
             found.append((setting, row, data, tasks, method, f"{name}-{part}".strip("-")))
     for setting, changed in CHANGED.items():
         for row, name in changed.items():
@@ -263,7 +264,7 @@ def growth(results=RESULTS):
 
 def others(results=RESULTS):
     """HAM, `sequential` and the methods of extras/baselines.py, where one of these was run."""
-    r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS, *LEAVES])
+    r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS, *BESIDE])
     r = r[r["setting"].isin(r["setting"][r["row"].isin(OTHERS)])]
     columns = ["final accuracy", "ham − it", "forgetting", "task known", "stored", "seeds"]
     return summary(r, columns)
@@ -279,8 +280,12 @@ def parts(results=RESULTS):
 def fixed_rank(results=RESULTS):
     """Groups cut back to rank R: what is stored, and what that costs."""
     r = runs(results, [*SETTINGS], ["ham", *RANKS])
-    r = r[r["setting"].isin(r["setting"][r["row"].isin(RANKS)])]
-    return summary(r, ["final accuracy", "ham − it", "forgetting", "stored", "seeds"])
+    r, cut = r[r["setting"].isin(r["setting"][r["row"].isin(RANKS)])], next(iter(RANKS))
+    table = summary(r, ["final accuracy", "ham − it", "forgetting", "stored", "seeds"])
+    final, rest = by_seed(r), [(s, row) for s, row in table.index if row not in ("ham", cut)]
+    gaps = pd.DataFrame({(s, row): final[cut, s] - final[row, s] for s, row in rest})
+    table.insert(2, "R = 8 − it", differences(gaps) if rest else "")
+    return table.fillna("")
 
 
 def measures(results=RESULTS):

@@ -44,7 +44,7 @@ def runs(setting, row):
         if row.startswith("ham, R = "):  # groups of a fixed rank
             row, rank, *how = re.split(", R = |, ", row)
             part += f"-R{rank}" + "".join("-" + WORDS[x] for x in how)
-        if row.startswith("treelora, "):
+        if row.startswith(("treelora, ", "onward, ")):
             row, how = row.split(", ")
             part += "-" + WORDS[how]
         tasks = "T1" if row == "joint" else tasks.replace(" = ", "")

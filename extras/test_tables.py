@@ -139,13 +139,15 @@ def test_parts_and_groups_of_a_fixed_rank(tmp_path):
     for part, final in {"": 70.0, "-random": 69.5, "-super": 60.0, "-super-random": 59.0}.items():
         write(tmp_path, "ham", 1993, final, name=f"i50{part}", class_mean_oracle=71.0)
     write(tmp_path, "ham", 1993, 69.0, name="i50-R8", parameters_stored=400_000)
+    write(tmp_path, "ham", 1993, 67.0, name="i50-R8-random")
     table = tables.parts(tmp_path).reset_index()
     lines = table[["changed", "final accuracy", "ham − it", "drift"]].values.tolist()
     assert lines[:2] == [["ham", "70.0", "", "1.0"], ["random group", "69.5", "+0.5", "1.5"]]
     assert lines[2:] == [["ham", "60.0", "", "11.0"], ["random group", "59.0", "+1.0", "12.0"]]
-    ham, cut = tables.fixed_rank(tmp_path).reset_index().values.tolist()
-    assert ham[1:3] == ["ham", "70.0"] and ham[5] == "1,234 k"
-    assert cut[1:] == ["ham, R = 8", "69.0", "+1.0", "11.0", "400 k", "1"]
+    ham, cut, drawn = tables.fixed_rank(tmp_path).reset_index().values.tolist()
+    assert ham[1:5] == ["ham", "70.0", "", ""] and ham[6] == "1,234 k"
+    assert cut[1:] == ["ham, R = 8", "69.0", "+1.0", "", "11.0", "400 k", "1"]
+    assert drawn[1:5] == ["ham, R = 8, random group", "67.0", "+3.0", "+2.0"]
 
 
 def test_held_out_runs_by_budget_and_rate(tmp_path):
