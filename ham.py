@@ -714,8 +714,8 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"check --model (a ViT?), --weights (its own? an LFS pointer?), --device {config.device}"
-    with input_error(f"{config.model}, {config.weights}", cure):
+    cure = f"check --model (a ViT?), --weights (offline? its own? LFS?), --device {config.device}"
+    with input_error(f"{config.model}, {config.weights or 'from the Hub'}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
         vit.reset_classifier(0)  # not before: only with its head is timm strict
