@@ -714,7 +714,7 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"check --model (a ViT?), --weights (offline? its own? LFS?), --device {config.device}"
+    cure = f"check --model (a ViT?), --weights (its own? an LFS pointer?), --device {config.device}"
     with input_error(f"{config.model}, {config.weights or 'from the Hub'}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
