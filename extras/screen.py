@@ -7,6 +7,9 @@ Takes the flags of extras/baselines.py, never touches a test image, appends a li
 --out/screening.jsonl, and ends with a table and the command to run. Whoever changes backbone, size,
 epochs or data starts here: the default rates were found on DeiT-Tiny at 160 px. Defaults are chosen
 by it, too (results/all.md). A rate at the edge of those tried is no answer: try on beyond it.
+
+--fair spends as much on one method as on another: the law's rate, a third and three times of it, one
+more beyond an edge, a second seed for what lies within a point of the best; then λ in the same way.
 """
 
 import dataclasses
@@ -28,6 +31,7 @@ class Config(baselines.Config):
 
     rates: str = ""  # learning rates to try, with commas between; default the one that is used
     first_tasks: int = None  # learn only the first n of the tasks
+    fair: bool = False  # search rate and weight of the penalty as for every other method
 
 
 class Sparse(ham.Data):
@@ -62,7 +66,10 @@ def screen(config):
         else:
             results = ham.learn(vit, method, data, loss)
     used = results["config"] | {"tasks": config.tasks}
-    tasks, hidden = results["tasks"], ("out", "data_dir", "weights", "name", "rates", "validate")
+    tasks, hidden = (
+        results["tasks"],
+        ("out", "data_dir", "weights", "name", "rates", "fair", "validate"),
+    )
     default = dataclasses.asdict(Config())
     given = {k: x for k, x in dataclasses.asdict(config).items() if x != default[k]}
     curve = [task["accuracy"] for task in tasks]
@@ -81,21 +88,58 @@ def screen(config):
     }
 
 
+def recorded(config):
+    """`screen`, and its line appended to --out/screening.jsonl"""
+    line, file = screen(config), Path(config.out) / "screening.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+    return line
+
+
+def fair(config):
+    """The same search for every method: see above. -> config with the rate and λ it ends with"""
+    for key in ("lr", "penalty"):
+        found = {}  # value: accuracy of each seed
+
+        def see(config, key=key, found=found):
+            line = recorded(config)
+            found.setdefault(line["config"][key], []).append(line["class-mean"][1])
+            return line["config"][key]
+
+        middle = see(config)
+        if middle is None:  # has no penalty
+            break
+        for value in (middle / 3, 3 * middle):
+            see(dataclasses.replace(config, **{key: value}))
+        best = max(found, key=found.get)
+        if best != middle:
+            see(dataclasses.replace(config, **{key: best * best / middle}))
+        near = [value for value, (x,) in found.items() if max(found.values())[0] - x < 1]
+        for value in near if len(near) > 1 else ():
+            see(dataclasses.replace(config, seed=config.seed + 1, **{key: value}))
+        best = max(near, key=lambda value: sum(found[value]))
+        config = dataclasses.replace(config, **{key: best})
+        for value, x in sorted(found.items()):
+            print(f"{key} {value:.2g}: {', '.join(f'{y:.1f}' for y in x)}", flush=True)
+    print(f"{config.method}: --lr {config.lr} --penalty {config.penalty}")
+    return config
+
+
 def search(config):
     """A run for each rate, then the table and the command."""
-    file, found = Path(config.out) / "screening.jsonl", {}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if config.fair:
+        return fair(config)
+    found = {}
     for lr in [float(x) for x in config.rates.split(",") if x] or [config.lr]:
-        line = screen(dataclasses.replace(config, lr=lr))
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        line = recorded(dataclasses.replace(config, lr=lr))
         found[line["config"]["lr"]] = line
     print(f"{'rate':>9}  half-way    end  (held-out images, %)")
     for lr, line in found.items():
         half, end = line["class-mean"]
         print(f"{lr:9.2g}  {half:8.1f}  {end:5.1f}")
     best = max(found, key=lambda lr: found[lr]["class-mean"][1])
-    print(f"appended to {file}")
+    print(f"appended to {config.out}/screening.jsonl")
     if len(found) > 1 and best in (min(found), max(found)):
         side = "lower" if best == min(found) else "higher"
         print(f"{best:g} is at the edge of those tried: try {side} ones, too")

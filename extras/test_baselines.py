@@ -569,3 +569,24 @@ def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tm
     program = "-m extras.baselines" if method == "safm" else "ham.py"
     assert table[-1].startswith(f"python {program} ")
     assert table[-1].endswith(f"--lr {best['config']['lr']:g}") and "--rates" not in table[-1]
+
+
+def test_a_fair_search_by_its_rule(config, monkeypatch, capsys):
+    """The best rate is an edge, two lie within a point, the second seed decides; then λ."""
+    curve = {1e-3: 60.0, 1e-3 / 3: 50.0, 3e-3: 62.0, 9e-3: 61.5}  # of the first seed
+    runs = []
+
+    def recorded(c):
+        lr, penalty = c.lr or 1e-3, c.penalty or 0.5
+        runs.append((round(lr, 6), round(penalty, 6), c.seed))
+        x = min(curve.items(), key=lambda item: abs(item[0] - lr))[1]
+        x += 3 * (c.seed == 1994) * (lr > 5e-3) - 2 * abs(math.log(penalty / 0.5))
+        return {"config": {"lr": lr, "penalty": penalty}, "class-mean": [0.0, x]}
+
+    monkeypatch.setattr(screen, "recorded", recorded)
+    c = screen.fair(screen.Config(**dataclasses.asdict(config(method="o_lora", lr=None))))
+    assert (round(c.lr, 6), c.penalty, c.seed) == (9e-3, 0.5, 1993)
+    rates = [(1e-3, 1993), (1e-3 / 3, 1993), (3e-3, 1993), (9e-3, 1993), (3e-3, 1994), (9e-3, 1994)]
+    assert runs[:6] == [(round(lr, 6), 0.5, seed) for lr, seed in rates]
+    assert runs[6:] == [(9e-3, round(x, 6), 1993) for x in (0.5, 0.5 / 3, 1.5)]
+    assert "--penalty 0.5" in capsys.readouterr().out
