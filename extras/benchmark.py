@@ -183,6 +183,8 @@ def task(bench, args):
     )
     method = bench.method(vit, 5)
     method.config, weights = config, method.folded()
+    if "cuda" in config.device:
+        torch.cuda.reset_peak_memory_stats(config.device)
     train, test = (
         medians({"": run}, 1)[""]
         for run in (

@@ -5,8 +5,8 @@
     python -m extras.run_all --shard 3/8                  # the third of eight machines or array jobs
     python -m extras.run_all --list                       # every run's command
 
-Where there are fewer GPUs than jobs they are shared: sixteen runs on one, with NVIDIA's MPS daemon
-started, are eight times as fast as one after the other (results/benchmark-*-cuda-bf16.md).
+Where there are fewer GPUs than jobs they are shared: a small model's run leaves most of one idle.
+Sixteen on one, as in results/, want NVIDIA's MPS daemon started first.
 
 Runs are in the order of their worth. One whose results.json is there is skipped, so this can be
 stopped and started. It commits nothing.

@@ -66,10 +66,8 @@ def screen(config):
         else:
             results = ham.learn(vit, method, data, loss)
     used = results["config"] | {"tasks": config.tasks}
-    tasks, hidden = (
-        results["tasks"],
-        ("out", "data_dir", "weights", "name", "rates", "fair", "validate"),
-    )
+    tasks = results["tasks"]
+    hidden = ("out", "data_dir", "weights", "name", "rates", "fair", "validate")
     default = dataclasses.asdict(Config())
     given = {k: x for k, x in dataclasses.asdict(config).items() if x != default[k]}
     curve = [task["accuracy"] for task in tasks]
@@ -99,29 +97,37 @@ def recorded(config):
 
 def fair(config):
     """The same search for every method: see above. -> config with the rate and λ it ends with"""
-    for key in ("lr", "penalty"):
-        found = {}  # value: accuracy of each seed
+    ends = {}  # (rate, λ, seed): accuracy
 
-        def see(config, key=key, found=found):
+    def end(config):
+        key = config.lr, config.penalty, config.seed
+        if key not in ends:
             line = recorded(config)
-            found.setdefault(line["config"][key], []).append(line["class-mean"][1])
-            return line["config"][key]
+            key = line["config"]["lr"], line["config"]["penalty"], config.seed
+            ends[key] = line["class-mean"][1]
+        return key
 
-        middle = see(config)
-        if middle is None:  # has no penalty
-            break
-        for value in (middle / 3, 3 * middle):
-            see(dataclasses.replace(config, **{key: value}))
-        best = max(found, key=found.get)
+    lr, penalty, _ = end(config)
+    config = dataclasses.replace(config, lr=lr, penalty=penalty)
+    for name in ("lr", "penalty"):
+        middle, found = getattr(config, name), {}  # value: accuracy of each seed
+
+        def see(value, seed, config=config, name=name, found=found):
+            run = dataclasses.replace(config, **{name: value, "seed": seed})
+            found.setdefault(value, []).append(ends[end(run)])
+
+        for value in (middle, middle / 3, 3 * middle) if middle else ():  # some have no penalty
+            see(value, config.seed)
+        best = max(found, key=found.get, default=middle)
         if best != middle:
-            see(dataclasses.replace(config, **{key: best * best / middle}))
-        near = [value for value, (x,) in found.items() if max(found.values())[0] - x < 1]
+            see(best * best / middle, config.seed)
+        near = [x for x in found if max(found.values())[0] - found[x][0] < 1]
         for value in near if len(near) > 1 else ():
-            see(dataclasses.replace(config, seed=config.seed + 1, **{key: value}))
-        best = max(near, key=lambda value: sum(found[value]))
-        config = dataclasses.replace(config, **{key: best})
+            see(value, config.seed + 1)
+        best = max(near, key=lambda value: sum(found[value]), default=middle)
+        config = dataclasses.replace(config, **{name: best})
         for value, x in sorted(found.items()):
-            print(f"{key} {value:.2g}: {', '.join(f'{y:.1f}' for y in x)}", flush=True)
+            print(f"{name} {value:.2g}: {', '.join(f'{y:.1f}' for y in x)}", flush=True)
     print(f"{config.method}: --lr {config.lr} --penalty {config.penalty}")
     return config
 

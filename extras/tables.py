@@ -86,7 +86,12 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
         "again": "i50-again",
         "two threads": "i50-2threads",
         "a GPU": "i50-gpu",
-        "a GPU, fp32": "i50-gpu-fp32",
+    },
+    "noise, GPU": {
+        "ham": "i50-gpu",
+        "typed": "i50-gpu-typed",
+        "killed, resumed": "i50-gpu-resumed",
+        "fp32": "i50-gpu-fp32",
     },
     "noise, all images": {"ham": "all", "a CPU": "160px"},
 }
@@ -283,7 +288,7 @@ def fixed_rank(results=RESULTS):
     r, cut = r[r["setting"].isin(r["setting"][r["row"].isin(RANKS)])], next(iter(RANKS))
     table = summary(r, ["final accuracy", "ham − it", "forgetting", "stored", "seeds"])
     final, rest = by_seed(r), [(s, row) for s, row in table.index if row not in ("ham", cut)]
-    gaps = pd.DataFrame({(s, row): final[cut, s] - final[row, s] for s, row in rest})
+    gaps = pd.DataFrame({(s, row): final.get((cut, s), np.nan) - final[row, s] for s, row in rest})
     table.insert(2, "R = 8 − it", differences(gaps) if rest else "")
     return table.fillna("")
 
@@ -314,7 +319,7 @@ def settings(results=RESULTS):
 
 def noise(results=RESULTS):
     """How far a run moves where nothing that matters is changed, and how near joins are to a tie."""
-    r, lines = runs(results, ["noise", "noise, all images"]), {}
+    r, lines = runs(results, ["noise", "noise, GPU", "noise, all images"]), {}
     for (setting, seed), own in r.groupby(["setting", "config.seed"]):
         first = own[own["row"] == "ham"].iloc[0]
         for run in own[own["row"] != "ham"].itertuples():
@@ -349,10 +354,10 @@ def held_out(results=RESULTS):
             continue
         config = run.get("config", {})  # resolved: what was left to its default
         s = {"method": "ham", "tasks": config.get("tasks")} | usual | run["settings"]
-        s |= {k: config[k] for k in ("lr", "penalty") if config.get(k)}
+        s |= {k: config[k] for k in ("lr", "penalty", "precision") if config.get(k)}
+        s = {k: x for k, x in s.items() if (k, x) != ("precision", "bf16")}
         changed = [f"{k} {x}".removesuffix(".0") for k, x in s.items() if k not in budget + hidden]
-        gpu = "NVIDIA" in run.get("hardware", "")
-        changed = [x for x in changed if (gpu, x) != (True, "precision bf16")] + ["GPU"] * gpu
+        changed += ["GPU"] if "NVIDIA" in run.get("hardware", "") else []
         changed += [run["code_change"]] if "code_change" in run else []
         changed += [f"λ = {s['penalty']:g}"] if s.get("penalty") else []
         line = [*(s[k] for k in budget), run["tasks_learnt"], s["method"], ", ".join(changed)]

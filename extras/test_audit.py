@@ -91,6 +91,10 @@ def test_every_difference_and_its_interval(name):
         method, ham = row.get("method") or row["changed"], runs(setting, "ham")
         other = runs(setting, method)
         assert cell([measured(r)[0] for r in other.values()], row["final accuracy"]), row
+        if "R = 8" in method and row.get("R = 8 − it"):
+            cut, shown = runs(setting, "ham, R = 8"), row["R = 8 − it"].replace("*", "")
+            gaps = [measured(cut[s])[0] - measured(r)[0] for s, r in other.items() if s in cut]
+            assert float(shown.split(" ")[0]) == pytest.approx(statistics.fmean(gaps), abs=0.0501)
         gaps = [measured(ham[s])[0] - measured(r)[0] for s, r in other.items() if s in ham]
         if method != "ham":
             mean, half = statistics.fmean(gaps), 0.0
@@ -118,3 +122,27 @@ def test_every_difference_of_the_controls():
                 half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
                 want += [want[0] - half, want[0] + half]
             assert shown == pytest.approx(want, abs=0.0501), (row, column)
+
+
+def test_sentences_that_no_table_has():
+    """Of Noise (a GPU's accuracy, the same bits) and Other methods (TreeLoRA's leaves)."""
+    few, name = "CIFAR-100, 50 per class, T = 20", "CIFAR-100, 50 per class, GPU, T = 20"
+    cpu, gpu = runs(few, "ham"), runs(name, "ham")
+    assert len(gpu) == 5 and all(abs(measured(gpu[s])[0] - measured(cpu[s])[0]) < 0.3 for s in gpu)
+    for again in ("typed", "resumed"):
+        file = RESULTS / f"cifar100-T20-ham-i50-gpu-{again}-s1993" / "results.json"
+        run = json.loads(file.read_text("utf-8"))
+        assert run["accuracy_matrix"] == gpu[1993]["accuracy_matrix"]
+        for one, other in zip(run["tasks"], gpu[1993]["tasks"], strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    bandit, drawn = (runs(name, row) for row in ("treelora", "treelora, random leaf"))
+    gaps = [measured(bandit[s])[0] - measured(drawn[s])[0] for s in bandit]
+    mean, half = statistics.fmean(gaps), T975[3] * statistics.stdev(gaps) / math.sqrt(3)
+    assert len(gaps) == 3 and mean - half < 0 < mean + half
+    for run in bandit.values():
+        before, steps = 0, 0
+        for t, record in enumerate(run["tasks"]):
+            for taken in record["taken"]:
+                steps += sum(taken)
+                before += sum(n for n, leaf in zip(taken, record["leaves"]) if t - 1 in leaf)
+        assert 0.6 < before / steps < 0.76
