@@ -204,7 +204,10 @@ def markdown(table):
     """As a README has it, the index as first columns, unpadded: a new figure changes one line."""
     if table.columns.nlevels > 1:
         table = table.set_axis(table.columns.map("{0[0]}, T = {0[1]}".format), axis="columns")
-    return table.reset_index().to_markdown(index=False, disable_numparse=True, stralign=None)
+    flat = table.reset_index()
+    if table.index.nlevels == 2:  # a setting stands in its first line only
+        flat.iloc[:, 0] = flat.iloc[:, 0].mask(flat.iloc[:, 0] == flat.iloc[:, 0].shift(), "")
+    return flat.to_markdown(index=False, disable_numparse=True, stralign=None)
 
 
 # ------------------------------------------------------------------------------------------ Tables
@@ -268,8 +271,9 @@ def growth(results=RESULTS):
 
 
 def others(results=RESULTS):
-    """HAM, `sequential` and the methods of extras/baselines.py, where one of these was run."""
+    """HAM, `sequential` and the methods of extras/baselines.py, where one has more than one seed."""
     r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS, *BESIDE])
+    r = r[r.groupby(["setting", "row"])["row"].transform("size") > 1]
     r = r[r["setting"].isin(r["setting"][r["row"].isin(OTHERS)])]
     columns = ["final accuracy", "ham − it", "forgetting", "task known", "stored", "seeds"]
     return summary(r, columns)
@@ -393,12 +397,14 @@ def demo(results=RESULTS):
         table[key.split("_")[0]] = r.groupby("method")[key].agg(cell)
     table["ham − it"] = differences(final[["ham"]].values - final.drop(columns="ham"))
     table["rate"] = r.groupby("method")["lr"].first().map("{:g}".format).replace("nan", "")
-    tried = {
-        method: ", ".join(f"{lr}: {np.mean(x):.1f}" for lr, x in rates.items())
-        for method, rates in found["tried"].items()
-    }
-    table["tried, mean of two other draws"] = pd.Series(tried)
     return table.fillna("").rename_axis("method")
+
+
+def demo_rates(results=RESULTS):
+    """The final accuracies that the demo's rates were chosen by."""
+    found = json.loads((Path(results) / "demo.json").read_text("utf-8"))["tried"]
+    table = pd.DataFrame(found).map(lambda draws: f"{np.mean(draws):.1f}").T
+    return table.reindex([x for x in CONTROLS if x in found]).rename_axis("method")
 
 
 def grid(paper=None, results=RESULTS):
@@ -436,8 +442,9 @@ def one(run):
     return pd.DataFrame([about]).set_index("data set")
 
 
-TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, noise, demo]
-TABLES = {table.__name__: table for table in [*TABLES, settings, measures, held_out, grid]}
+TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, demo]
+TABLES += [held_out, demo_rates, noise, grid, settings, measures]
+TABLES = {table.__name__: table for table in TABLES}
 
 
 def fill(text, results=RESULTS):

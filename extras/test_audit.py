@@ -1,5 +1,6 @@
 """The tables once more, from results/*/results.json by other code: this shares none with tables.py."""
 
+import itertools
 import json
 import math
 import re
@@ -25,10 +26,12 @@ WORDS |= {"random leaf": "random", "gradients": "before"}
 
 
 def table(page, name):
-    """-> list of rows, each a dict of column: text"""
+    """-> list of rows, each a dict of column: text; an empty first cell is the one above"""
     text = (RESULTS / page).read_text("utf-8")
     lines = re.search(rf"<!-- table {name} -->\n(.*?)\n<!-- end", text, re.DOTALL)[1].split("\n")
-    head, _, *rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    head, _, *rows = [[x.strip() for x in line[1:-1].split("|")] for line in lines]
+    for above, row in itertools.pairwise(rows):
+        row[0] = row[0] or above[0]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
