@@ -39,12 +39,12 @@ def apart(heights, gap):
     return heights
 
 
-def accuracy(runs):
+def accuracy(runs, ax=None):
     """Accuracy against tasks: means over seeds, bands from the lowest to the highest seed.
 
     runs: of one setting, as tables.runs has them; rows beyond five are left out.
     """
-    fig, ax = panels(size=(7, 4))
+    fig, ax = (ax.figure, ax) if ax else panels(size=(7, 4))
     steps, ends = range(1, max(map(len, runs.tasks)) + 1), {}
     for (row, own), line in zip(runs.groupby("row", sort=False), LINES):
         curves = pd.DataFrame([[task["accuracy"] for task in tasks] for tasks in own.tasks])
@@ -57,6 +57,32 @@ def accuracy(runs):
         ax.text(1.02 * len(steps), heights[row], f"{row} {end:.1f}", va="center", color=color)
     ax.set(title=runs.setting.iloc[0], xlabel="after task", ylabel="accuracy, all classes seen (%)")
     ax.locator_params("x", integer=True)
+    return fig
+
+
+def fixed_rank(few, many):
+    """What groups of one adapter's rank cost and save: accuracy with few tasks, numbers stored with
+    many. few, many: runs of one setting each, in which ham, sequential and ham, R = 8 were run.
+    """
+    fig, (left, right) = panels(2, size=(10, 4))
+    accuracy(few, left)
+    end = many.groupby("row")["parameters_stored"].mean()
+    own = many.drop_duplicates("row").set_index("row")
+    adapter = (end["ham"] - end["sequential"]) / (len(own.tasks["ham"]) - 1)
+    for row, line in zip(few["row"].unique(), LINES):
+        sizes = [task.get("group_sizes", [1]) for task in own.tasks[row]]
+        adapters = np.array([sum(n) if row == "ham" else len(n) for n in sizes])
+        stored = (end["sequential"] + adapter * (adapters - 1)) / 1e3
+        right.plot(range(1, len(sizes) + 1), stored, **line, ms=4, markevery=3)
+        right.text(
+            1.02 * len(sizes),
+            stored[-1],
+            f"{row} {stored[-1]:,.0f} k",
+            va="center",
+            color=line["color"],
+        )
+    right.set(title=many.setting.iloc[0], xlabel="after task", ylabel="numbers stored (thousands)")
+    right.set_ylim(0, None)
     return fig
 
 

@@ -458,8 +458,13 @@ def pictures(results=RESULTS):
     main, cub = "CIFAR-100, all images, T = 20", "CUB-200, T = 10"
     few = [setting for setting in SETTINGS if ", 50 per" in setting and "T = 20" in setting]
     stored = runs(results, [*few, cub], [*METHODS, *list(RANKS)[:1]])
-    accuracy = figures.accuracy(runs(results, [main], CONTROLS))
-    return {"accuracy.svg": accuracy, "stored.svg": figures.stored(stored, CONTROLS[1:])}
+    gpu = [f"CIFAR-100, 50 per class, GPU, T = {tasks}" for tasks in (20, 50)]
+    cut = (runs(results, [setting], ["ham", "ham, R = 8", "sequential"]) for setting in gpu)
+    return {
+        "accuracy.svg": figures.accuracy(runs(results, [main], CONTROLS)),
+        "stored.svg": figures.stored(stored, CONTROLS[1:]),
+        "fixed_rank.svg": figures.fixed_rank(*cut),
+    }
 
 
 def main():

@@ -218,6 +218,15 @@ def test_figures_are_drawn(name, tmp_path):
     assert name != "accuracy.svg" or len(figure.axes[0].get_lines()) == 5
 
 
+def test_what_is_stored_ends_at_what_runs_have_stored():
+    setting = "CIFAR-100, 50 per class, GPU, T = 50"
+    runs = tables.runs(settings=[setting], only=["ham", "sequential", "ham, R = 8"])
+    _, right = figures.fixed_rank(runs, runs).axes
+    ends = [line.get_ydata()[-1] for line in right.get_lines()]
+    stored = runs.groupby("row")["parameters_stored"].mean()[runs["row"].unique()]
+    assert ends == pytest.approx(stored / 1e3) and len(ends) == 3
+
+
 def test_labels_are_moved_apart_in_their_order():
     heights = figures.apart(pd.Series({"b": 1.1, "a": 1.0, "c": 5.0}), 0.5)
     assert heights.to_dict() == {"a": 1.0, "b": 1.5, "c": 5.0}
