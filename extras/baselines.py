@@ -199,7 +199,8 @@ class OLoRA(SDLoRA):
 class EWC(ham.Sequential):
     """loss + λ/2 Σ F (θ - θ*)²; θ* the factors after the last task, F summed over all earlier ones.
 
-    F: mean squared gradient of the batches' mean losses while a task was trained (our choice).
+    F: mean squared gradient of the batches' mean losses while a task was trained (our choice). Of A
+    and B, entry by entry; EWC-LoRA (arXiv 2602.17559) takes that of ΔW and finds it better: not here.
     """
 
     fisher = 0.0  # before the first task
@@ -326,11 +327,12 @@ class Bandit:
 
     def choose(self):
         """-> nodes from the root to a leaf"""
-        path, sigma = [self.root], self.sigma()
-        while self.draw and path[-1].children:
-            path.append(path[-1].children[self.draw.randint(len(path[-1].children))])
-        while path[-1].children:
-            path.append(min(path[-1].children, key=lambda node: self.bound(node, sigma)))
+        path, sigma = [self.root], None if self.draw else self.sigma()
+        while children := path[-1].children:
+            if self.draw:
+                path.append(children[self.draw.randint(len(children))])
+            else:
+                path.append(min(children, key=lambda node: self.bound(node, sigma)))
         return path
 
     def saw(self, path, distance):

@@ -387,6 +387,27 @@ def held_out(results=RESULTS):
     return pd.DataFrame(table).T.rename_axis([*names, "changed"])
 
 
+def tuned(results=RESULTS):
+    """How much was tried on held-out images for each method, over all budgets of a data set."""
+    lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
+    found = pd.json_normalize([json.loads(line) for line in lines])
+    found["method"] = found["settings.method"].fillna("ham")
+    for key in ("lr", "penalty"):
+        found[key] = found.get(f"config.{key}", np.nan)
+        found[key] = found[key].fillna(found.get(f"settings.{key}", np.nan))
+    table = found.groupby(["settings.dataset", "method"]).agg(
+        runs=("method", "size"), rates=("lr", "nunique"), λ=("penalty", "nunique")
+    )
+    table = table.unstack(0).swaplevel(axis="columns").rename(columns=DATA, level=0)
+    table = table[
+        [(data, x) for data in DATA.values() for x in ("runs", "rates", "λ") if (data, x) in table]
+    ]
+    table = table.reindex([x for x in METHODS if x in table.index])
+    return table.map(lambda n: f"{n:.0f}" if n > 0 else "").set_axis(
+        table.columns.map(", ".join), axis=1
+    )
+
+
 def demo(results=RESULTS):
     """`python ham.py` over ten seeds, each method at the best of one grid of rates on other draws."""
     found = json.loads((Path(results) / "demo.json").read_text("utf-8"))
@@ -443,7 +464,7 @@ def one(run):
 
 
 TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, demo]
-TABLES += [held_out, demo_rates, noise, grid, settings, measures]
+TABLES += [tuned, held_out, demo_rates, noise, grid, settings, measures]
 TABLES = {table.__name__: table for table in TABLES}
 
 

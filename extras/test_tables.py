@@ -178,6 +178,10 @@ def test_held_out_runs_by_budget_and_rate(tmp_path):
         ("5", "sequential", ""): "0.0001: 50.0 (1)",
         ("5", "o_lora", "λ = 0.5"): "0.001: 60.0 (1)",
     }
+    tuned = tables.tuned(tmp_path)
+    assert tuned.columns.tolist() == ["CIFAR-100, runs", "CIFAR-100, rates", "CIFAR-100, λ"]
+    assert tuned.loc["ham"].tolist() == ["7", "2", ""]
+    assert tuned.loc["o_lora"].tolist() == ["1", "1", "1"]
     law = tables.held_out(tmp_path)["by the law"]
     assert set(law.xs("ham", level="method")) == {"0.00015"}  # 2,500 images, five times
 
