@@ -5,13 +5,14 @@
 Every task's adapter is trained on the bare model from the same start, so that no grouping changes an
 adapter: all groupings are tried on the same ones. Chained adapters hardly know which tasks are kin;
 these do. The first G_max tasks open groups; a later one joins the group to whose members it is most
-similar on average (not to their mean: that grows with the group). A group is the mean of its pruned
-members, cut back to rank R, whereby it matters who shares it; the model is W0 + scale · Σ_G ΔW_G.
+similar on average (not to their mean: that grows with the group) until it is full. A group is the
+mean of its pruned members, cut back to rank R, whereby it matters who shares it; the model is
+W0 + scale · Σ_G ΔW_G.
 
 adapter   cosine of B A, all layers as one vector
 gradient  cosine of the loss's gradient by B before training
 features  cosine of the tasks' mean frozen features
-random    as many tasks in each group as by adapter, drawn; two draws
+random    drawn, as many tasks in each group; two draws
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 import ham
 from extras import baselines
 from extras.run_all import commit
+
+PATHS = ("out", "data_dir", "weights")  # a file's digest says which
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,16 @@ def train(vit, data, w0, config):
 
 
 def group(vectors, g_max):
-    """Which group each task joins, by its mean cosine with the members. T of (P,) -> T ints"""
+    """Which group each task joins, by its mean cosine with the members. T of (P,) -> T ints
+
+    A group is full at T / G_max: else size, which matters by itself, would differ between groupings.
+    """
     unit = F.normalize(torch.stack(vectors), dim=1)
     similar, places = (unit @ unit.T).cpu().numpy(), list(range(min(g_max, len(vectors))))
     for task in range(len(places), len(vectors)):
-        own = [similar[task, : len(places)][np.equal(places, j)].mean() for j in range(g_max)]
-        places.append(int(np.argmax(own)))
+        members = [np.flatnonzero(np.equal(places, j)) for j in range(g_max)]
+        free = [j for j in range(g_max) if len(members[j]) * g_max < len(vectors)]
+        places.append(max(free, key=lambda j: similar[task, members[j]].mean()))
     return places
 
 
@@ -95,7 +102,7 @@ def run(config):
     folder, w0, config = Path(config.out), method.w0, method.config
     folder.mkdir(parents=True, exist_ok=True)
     file, about = folder / f"alone-s{config.seed}.pt", ham.about(vit, config, data)
-    free = ("ranks", "scales", "by", "g_max", "rho", "out")
+    free = ("ranks", "scales", "by", "g_max", "rho", *PATHS)
     key = repr({k: x for k, x in about["config"].items() if k not in free})
     if not file.is_file() or torch.load(file, weights_only=True)[0] != key:
         trained = train(vit, data, w0, config)
@@ -111,7 +118,8 @@ def run(config):
                 final = evaluate(vit, data, w0, used, adapters, kin[by], scale)
                 line = {"by": by, "rank": rank, "scale": scale, "final_accuracy": final}
                 line |= {"groups": kin[by], "commit": commit()}
-                line |= {k: about[k] for k in ("config", "hardware", "versions", "ham_sha256")}
+                line |= {k: about[k] for k in ("hardware", "versions", "ham_sha256")}
+                line["config"] = {k: x for k, x in about["config"].items() if k not in PATHS}
                 with (folder / "alone.jsonl").open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(line) + "\n")
                 print(f"{by}, R = {rank}, scale {scale:g}: {final:.1f} %", flush=True)

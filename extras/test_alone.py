@@ -17,8 +17,9 @@ def vectors(*rows):
 def test_a_task_joins_the_group_whose_members_are_most_similar_not_the_largest():
     """By the cosine with a group's mean the last would join the first group: 0.67 against 0.53."""
     first = [0.6, 0.0, 0.8, 0.0, 0.0], [0.6, 0.0, 0.0, 0.8, 0.0], [0.6, 0.0, 0.0, 0.0, 0.8]
-    given = vectors(first[0], [0.0, 1.0, 0.0, 0.0, 0.0], *first[1:], [0.85, 0.53, 0.0, 0.0, 0.0])
-    assert alone.group(given, 2) == [0, 1, 0, 0, 1]
+    second = [0.0, 1.0, 0.0, 0.0, 0.0]
+    given = vectors(first[0], second, *first[1:], [0.85, 0.53, 0.0, 0.0, 0.0], first[0])
+    assert alone.group(given, 2) == [0, 1, 0, 0, 1, 1]  # the last: the first group is full
 
 
 def test_another_draw_has_the_same_sizes():
