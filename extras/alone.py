@@ -10,12 +10,14 @@ mean of its pruned members, cut back to rank R, whereby it matters who shares it
 W0 + scale · Σ_G ΔW_G.
 
 adapter   cosine of B A, all layers as one vector
-gradient  cosine of the loss's gradient by B before training
+gradient  cosine of the loss's gradient by B before training, every other image
 features  cosine of the tasks' mean frozen features
 random    drawn, as many tasks in each group; two draws
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ import ham
 from extras import baselines
 from extras.run_all import commit
 
+GROUPINGS = ("adapter", "random", "random 2", "features", "gradient")
 PATHS = ("out", "data_dir", "weights")  # a file's digest says which
 
 
@@ -37,12 +40,11 @@ class Config(baselines.Config):
 
     ranks: str = "2,8"  # ranks that groups are cut to, with commas between
     scales: str = "1"  # of the sum of groups
-    by: str = "adapter,random,random 2,features,gradient"  # how tasks are grouped
+    by: str = ",".join(GROUPINGS)  # how tasks are grouped
 
 
 def train(vit, data, w0, config):
     """-> per task: its adapter, dict layer: (b, a); what it is compared by, dict name: (P,)"""
-    config = dataclasses.replace(config, train_alpha=False)
     method, adapters, vectors = ham.Average(w0, config), [], []
     for task, classes in enumerate(data.tasks):
         features, labels = ham.extract(vit, {}, data, "train", classes, config)
@@ -96,33 +98,54 @@ def evaluate(vit, data, w0, config, adapters, places, scale):
     return ham.accuracies(ham.cosine_logits(features, torch.cat(rows)), labels, [every])[0]
 
 
+def listed(text, kind, known=None):
+    """A setting with commas between. -> list of kind"""
+    try:
+        values = [kind(x) for x in text.split(",")]
+    except ValueError as error:
+        raise ham.InputError(f"{text}: {error}; numbers with commas between") from error
+    if unknown := [x for x in values if known and x not in known]:
+        raise ham.InputError(f"{', '.join(unknown)}: must be of {', '.join(known)}")
+    return values
+
+
 def run(config):
     """Train, or take what an earlier call has trained; then a line per grouping, rank and scale."""
-    vit, method, data, _ = baselines.prepare(dataclasses.replace(config, merge="mean"))
+    every = itertools.product(
+        listed(config.ranks, int), listed(config.scales, float), listed(config.by, str, GROUPINGS)
+    )
+    usual = {k: getattr(Config, k) for k in ("method", "merge", "gain", "share", "grouping")}
+    if other := [f"--{k}" for k, x in usual.items() if getattr(config, k) != x]:
+        raise ham.InputError(f"{', '.join(other)}: groups are means of adapters trained alone here")
+    if min(listed(config.ranks, int)) < 1:
+        raise ham.InputError(f"--ranks {config.ranks}: a rank is at least 1")
+    if not config.lr or config.dataset == "demo":
+        raise ham.InputError("give --dataset and --lr: no rate was found for this")
+    config = dataclasses.replace(config, merge="mean", train_alpha=False)
+    vit, method, data, _ = baselines.prepare(config)
     folder, w0, config = Path(config.out), method.w0, method.config
     folder.mkdir(parents=True, exist_ok=True)
-    file, about = folder / f"alone-s{config.seed}.pt", ham.about(vit, config, data)
-    free = ("ranks", "scales", "by", "g_max", "rho", *PATHS)
+    about = ham.about(vit, config, data)
+    about["config"] = {k: x for k, x in about["config"].items() if k not in PATHS}
+    free = ("ranks", "scales", "by", "g_max", "rho", "name")
     key = repr({k: x for k, x in about["config"].items() if k not in free})
-    if not file.is_file() or torch.load(file, weights_only=True)[0] != key:
+    file = folder / f"alone-{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
+    if not file.is_file():
         trained = train(vit, data, w0, config)
-        ham.write(file, lambda f: torch.save((key, *trained), f))
-    _, adapters, vectors = torch.load(file, config.device, weights_only=True)
+        ham.write(file, lambda f: torch.save(trained, f))
+    adapters, vectors = torch.load(file, config.device, weights_only=True)
     kin = {by: group([x[by] for x in vectors], config.g_max) for by in vectors[0]}
     for draw, by in enumerate(("random", "random 2")):
         kin[by] = shuffled(kin["adapter"], config.g_max, (config.seed, draw))
-    for rank in map(int, config.ranks.split(",")):
-        for scale in map(float, config.scales.split(",")):
-            for by in config.by.split(","):
-                used = dataclasses.replace(config, group_rank=rank)
-                final = evaluate(vit, data, w0, used, adapters, kin[by], scale)
-                line = {"by": by, "rank": rank, "scale": scale, "final_accuracy": final}
-                line |= {"groups": kin[by], "commit": commit()}
-                line |= {k: about[k] for k in ("hardware", "versions", "ham_sha256")}
-                line["config"] = {k: x for k, x in about["config"].items() if k not in PATHS}
-                with (folder / "alone.jsonl").open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(line) + "\n")
-                print(f"{by}, R = {rank}, scale {scale:g}: {final:.1f} %", flush=True)
+    for rank, scale, by in every:
+        used = dataclasses.replace(config, group_rank=rank)
+        final = evaluate(vit, data, w0, used, adapters, kin[by], scale)
+        line = {"by": by, "rank": rank, "scale": scale, "final_accuracy": final}
+        line |= {"groups": kin[by], "commit": commit()}
+        line |= {k: about[k] for k in ("config", "hardware", "versions", "ham_sha256")}
+        with (folder / "alone.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+        print(f"{by}, R = {rank}, scale {scale:g}: {final:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import pytest
 import torch
 
 import ham
@@ -59,3 +60,13 @@ def test_in_one_group_they_are_average_and_without_weight_frozen(config, tmp_pat
     assert (frozen - average).abs().max() > 0.01
     lines = (tmp_path / "alone.jsonl").read_text().splitlines()
     assert [json.loads(x)["scale"] for x in lines] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"ranks": "2,x"}, {"ranks": "0"}, {"by": "gradients"}, {"merge": "sum"}, {"lr": None}],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(mistake, config):  # noqa: F811
+    given = dataclasses.asdict(config(lr=1e-2)) | mistake
+    with pytest.raises(ham.InputError, match="--merge|numbers|must be of|give|at least"):
+        alone.run(alone.Config(**given))

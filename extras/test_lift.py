@@ -206,12 +206,13 @@ def run_mammoth(model, data, first=0):
 
 
 def test_mammoth(mammoth, data, expected, monkeypatch):
-    model, records = mammoth("--rank", "2"), []
+    model, records = mammoth("--rank", "2", "--group_rank", "4"), []
     finish = model.method.finish
     model.method.finish = lambda *given: records.append(finish(*given)) or records[-1]
     assert run_mammoth(model, data) == [pytest.approx(row) for row in expected[1]]
     same(records, expected[0])
     assert not any(x.requires_grad for x in model.parameters())
+    assert model.config.group_rank == 4
 
 
 def test_mammoth_goes_on_from_a_checkpoint(mammoth, data, tmp_path):

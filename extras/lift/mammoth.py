@@ -12,7 +12,7 @@ from models.ham_utils import ham
 from models.utils.continual_model import ContinualModel
 from torch.utils.data import DataLoader
 
-SETTINGS = "rank", "layers", "tau", "g_max", "rho", "merge", "lr_alpha", "lr_head", "precision"
+SETTINGS = "rank", "layers", "tau", "g_max", "rho", "group_rank", "merge", "lr_head", "precision"
 
 
 class Ham(ContinualModel):

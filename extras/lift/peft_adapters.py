@@ -1,7 +1,9 @@
 """HAM's grouping, pruning and merging of a PEFT model's adapters (`pip install peft`).
 
 The groups come back as one LoRA adapter, with the same outputs. Training is yours; PEFT has no α:
-its lora_alpha / r goes into B. To be copied, beside ham.py.
+its lora_alpha / r goes into B. It draws a new A for each adapter, HAM starts all from one: cosines
+of adapters with another start are lower. R, the rank of a group, keeps factors from growing until
+a layer is smaller as a matrix, which no adapter could hold. To be copied, beside ham.py.
 """
 
 import peft
@@ -10,7 +12,7 @@ import timm
 import ham
 
 vit = timm.create_model("vit_base_patch16_224.augreg_in21k", pretrained=True, num_classes=0)
-method = ham.HAM({}, ham.Config(g_max=2))
+method = ham.HAM({}, ham.Config(g_max=2, group_rank=16))
 for task in range(3):
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["qkv"])
     model = peft.get_peft_model(vit, lora)
