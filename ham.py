@@ -152,8 +152,8 @@ def shares(n, how):
 def merge(updates, scales, rank=None):
     """(4) ΔW_G = Σ_m s_m ΔW_m for one layer, by concatenating factors along the rank (review).
 
-    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a) while these are
-    smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
+    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a), without rank only
+    while smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
     rank: to which factors are cut back, so that a group does not grow (`truncate`; our choice).
     """
     if not all(isinstance(update, tuple) for update in updates):
@@ -161,7 +161,7 @@ def merge(updates, scales, rank=None):
     b = torch.cat([s * b for s, (b, _) in zip(scales, updates, strict=True)], dim=1)  # (d, Σ r_m)
     a = torch.cat([a for _, a in updates], dim=0)  # (Σ r_m, k)
     b, a = truncate(b, a, rank) if rank and rank < len(a) else (b, a)
-    return (b, a) if b.numel() + a.numel() < b.shape[0] * a.shape[1] else b @ a
+    return (b, a) if rank or b.numel() + a.numel() < b.shape[0] * a.shape[1] else b @ a
 
 
 def truncate(b, a, rank):
@@ -212,16 +212,16 @@ class Trainable:
         return weights
 
     def begin(self, features, labels, classes, config, steps):
-        """Head of class means (ours). features (n, D), labels (n,), steps -> optimiser, schedule"""
+        """Set `classes` and `head`. features (n, D), labels (n,), steps -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Not `class_means`: its rows of length 1 are shorter, and would turn too far at this rate.
+        # Plain means (ours): `class_means`' rows of length 1 would turn too far at this rate.
         self.head = torch.stack([features[labels == c].mean(0) for c in classes]).requires_grad_()
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
         lr = config.lr or learning_rate(config.method, config.epochs * len(labels))
-        rates = (lr, factors), (config.lr_head, [self.head]), (config.lr_alpha, scalars)
-        rates = [{"params": params, "lr": rate} for rate, params in rates]
-        optimiser = torch.optim.AdamW(rates, weight_decay=0.0)
+        rates = (factors, lr), ([self.head], config.lr_head), (scalars, config.lr_alpha)
+        groups = [{"params": tensors, "lr": rate} for tensors, rate in rates]
+        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
     def detached(self):
@@ -230,19 +230,20 @@ class Trainable:
 
 
 class HAM:
-    """At most G_max groups, carried from task to task. w0: dict layer: (d, k), never changed."""
+    """At most G_max groups, carried from task to task. w0: dict layer: (d, k) in fp32, copied."""
 
     def __init__(self, w0, config):
-        self.w0, self.config, self.groups = w0, config, []
+        self.w0 = {name: w.detach().clone() for name, w in w0.items()}
+        self.config, self.groups = config, []
 
     def start(self):
         """Task i trains a new adapter on top of all groups."""
         return Trainable(self.w0, self.groups, self.config)
 
     def finish(self, task, trained):
-        """After task i was trained: group, prune, scale, merge. -> what happened, plain numbers"""
+        """Group, prune, scale and merge task i, once, before the next `start`. -> what happened"""
         adapter, alpha = trained.detached(), trained.alpha.item()
-        for group, value in zip(self.groups, trained.alpha_groups.tolist()):  # `Average`: none
+        for group, value in zip(self.groups, trained.alpha_groups.tolist()):  # alone: none
             group.alpha = value
         similarities = cosine_similarity(flat(adapter), [flat(g.delta_w) for g in self.groups])
         j = self.choose(task, similarities)  # (2)
@@ -270,8 +271,8 @@ class HAM:
 
     def folded(self):
         """All groups in one module: W = W0 + Σ_j α_Gj ΔW_Gj. -> dict layer: new (d, k)"""
-        added = {n: sum(g.alpha * dense(g.delta_w[n]) for g in self.groups) for n in self.w0}
-        return {name: w + added[name] for name, w in self.w0.items()}
+        added = lambda name: sum(g.alpha * dense(g.delta_w[name]) for g in self.groups)  # 0 if none
+        return {name: w + added(name) for name, w in self.w0.items()}
 
     def state(self):
         """What `restore` needs: copies of tensors, and plain values."""
@@ -305,11 +306,11 @@ class Average(HAM):
         return Trainable(self.w0, [], self.config)
 
 
-ALONE = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
-METHODS = {  # its class, and the settings that it overrides
+MEAN = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
+METHODS = {  # its class, and the settings that `resolve` overrides
     "ham": (HAM, {}),
     "sequential": (Sequential, {"train_alpha": False}),
-    "average": (Average, ALONE | {"group_rank": None}),
+    "average": (Average, MEAN | {"group_rank": None}),
     "joint": (Sequential, {"train_alpha": False, "tasks": 1}),
     "frozen": (HAM, {"read_out": "class-mean"}),  # `run` gives it no layers: nothing is trained
 }
@@ -325,7 +326,10 @@ LOGIT_SCALE = 16.0  # of the cosines in the loss (our choice)
 def class_means(features, labels, classes):
     """Normalised mean of L2-normalised features. features (N, D), labels (N,) -> (C, D)"""
     unit = F.normalize(features, dim=1)
-    return F.normalize(torch.stack([unit[labels == c].mean(0) for c in classes]), dim=1)
+    means = F.normalize(torch.stack([unit[labels == c].mean(0) for c in classes]), dim=1)
+    if not means.isfinite().all():
+        raise InputError("a class has no image, or features that are not finite: lower --lr")
+    return means
 
 
 def cosine_logits(features, class_rows):
@@ -391,15 +395,15 @@ def accuracies(logits, labels, tasks):
 
 def measures(matrix, sizes):
     """What an accuracy matrix says; per cent, unrounded. sizes: test images per task"""
-    last = len(matrix) - 1
     so_far = [sum(x * n for x, n in zip(row, sizes)) / sum(sizes[: len(row)]) for row in matrix]
-    lost = [max(row[j] for row in matrix[j:last]) - matrix[last][j] for j in range(last)]
-    gained = [matrix[last][j] - matrix[j][j] for j in range(last)]
+    last, old = matrix[-1], range(len(matrix) - 1)  # a[T]; all tasks before T
+    forgetting = [max(row[j] for row in matrix[j:-1]) - last[j] for j in old]
+    transfer = [last[j] - matrix[j][j] for j in old]
     return {
         "final_accuracy": so_far[-1],  # so_far: A_t
         "average_incremental_accuracy": sum(so_far) / len(so_far),
-        "forgetting": sum(lost) / max(last, 1),  # max_{t<T} a[t][j] - a[T][j]
-        "backward_transfer": sum(gained) / max(last, 1),  # a[T][j] - a[j][j]
+        "forgetting": sum(forgetting) / max(len(old), 1),  # max_{t<T} a[t][j] - a[T][j]
+        "backward_transfer": sum(transfer) / max(len(old), 1),  # a[T][j] - a[j][j]
         "learning_accuracy": sum(row[-1] for row in matrix) / len(matrix),
     }
 
@@ -422,7 +426,7 @@ def input_error(what, cure):
 
 
 def run(config):
-    """One method over all tasks, as from the command line. Config -> what results.json holds"""
+    """One method over all tasks, as `python ham.py --dataset ...`. -> what results.json holds"""
     config = resolve(config)
     vit = build_vit(config)
     data = load_data(config, vit)
@@ -448,8 +452,6 @@ def learn(vit, method, data, loss=task_loss):
             class_rows["head"][list(classes)] = trained.head.detach()
         middle, weights, seen = time.perf_counter(), method.folded(), classes[-1] + 1
         means = class_means(*extract(vit, weights, data, "train", classes, config), classes)
-        if not means.isfinite().all():
-            raise InputError(f"task {task + 1}: features are not finite; lower --lr {config.lr}")
         class_rows["class-mean"][list(classes)] = means
         features, labels = extract(vit, weights, data, "test", range(seen), config)
         logits = cosine_logits(features, class_rows[config.read_out][:seen])
@@ -485,7 +487,6 @@ def open_run(vit, method, data):
             method.restore(state["method"])
         old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
     free = {"out", "data_dir", "device", "dataset", "weights"}  # digests tell the last two
-    free |= {"images_sha256"} - set(old)  # early runs have none
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
@@ -507,9 +508,9 @@ def about(vit, config, data):
     tagged = f"{cfg['architecture']}.{cfg.get('tag') or ''}".rstrip(".")  # whose mean and std
     found = {"model": config.model if ":" in config.model else tagged}
     found |= {"weights_sha256": config.weights and sha256(config.weights)}
-    found |= {"images_sha256": images.hexdigest()}
+    found |= {"images_sha256": images.hexdigest(), "img_size": data.cfg["input_size"][-1]}
     return {
-        "config": asdict(config) | found | {"img_size": data.cfg["input_size"][-1]},
+        "config": asdict(config) | found,
         "ham_sha256": sha256(__file__),
         "versions": {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, np)},
         "hardware": f"{name}, {torch.get_num_threads()} threads",
@@ -551,7 +552,7 @@ def write(file, dump):
 
 
 # -------------------------------------------------------------------------------------------- Data
-# Images are decoded into memory at the start, small ones as they are; all else is batched.
+# Images are decoded into memory at the start, those of SMALL as they are; all else is batched.
 
 ARCHIVES = {
     "cifar100": CIFAR100.url,
@@ -594,8 +595,8 @@ class Data:
         x, side = pixels.to(self.device).float(), self.cfg["input_size"][-1]
         if x.shape[-1] != side:  # timm's test transform, batched; PIL rounds after each axis
             # antialias, though it enlarges: it selects PIL's cubic kernel (a = -0.5)
-            for to in ((x.shape[-1], side), (side, side)):
-                x = F.interpolate(x, to, mode=self.cfg["interpolation"], antialias=True)
+            for size in ((x.shape[-2], side), (side, side)):  # the width, then the height
+                x = F.interpolate(x, size, mode=self.cfg["interpolation"], antialias=True)
                 x = x.round_().clamp_(0, 255)
         if flip is not None:
             x = torch.where(flip.to(self.device)[:, None, None, None], x.flip(3), x)
@@ -616,10 +617,10 @@ def load_data(config, vit):
         found = (len(tests) - tests.sum().item(), tests.sum().item())
         if name in FACTS and found != FACTS[name][1:]:
             raise ValueError(f"{found} training and test images instead of {FACTS[name][1:]}")
+        if 2 * config.tasks > len(names):
+            raise ValueError(f"--tasks {config.tasks}: each needs 2 classes, found {len(names)}")
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
-    if 2 * config.tasks > len(order):
-        raise InputError(f"--tasks {config.tasks}: each needs 2 classes, there are {len(order)}")
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
     for label in order:
         train, test = (np.flatnonzero((labels == label) & (tests == t)) for t in (False, True))
@@ -665,23 +666,23 @@ def read(name, data_dir):
         tests = [root / "val" / "images" / x for x in tests]
     else:
         tests, test_names = image_folder(root / "test")
-    tested = np.repeat([False, True], [len(files), len(tests)])
-    return [*files, *tests], [*names, *test_names], tested
+    return [*files, *tests], [*names, *test_names], [False] * len(files) + [True] * len(tests)
 
 
 def image_folder(root):
     """What Pillow reads in ROOT/CLASS/**, sorted, nothing hidden. -> N files, N class names"""
     inside = [x for y in root.iterdir() if y.is_dir() for x in y.rglob("*")]  # along no links
-    inside = [x.relative_to(root) for x in sorted(inside, key=str)]
+    inside = [x.relative_to(root) for x in sorted(inside, key=str) if x.is_symlink() or x.is_file()]
     inside = [x for x in inside if not any(part.startswith(".") for part in x.parts)]
-    images = [x for x in inside if x.suffix.lower() in Image.registered_extensions()]
-    if left_out := [x.name for x in {*inside} - {*images} if not (root / x).is_dir()]:
-        print(f"{root}: {len(left_out)} files left out, not named as images: {left_out[:3]}")
+    known = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
+    images = [x for x in inside if x.suffix.lower() in known]
+    if left_out := [x.name for x in inside if x.suffix.lower() not in known]:
+        print(f"{root}: {len(left_out)} left out, not named as images: {left_out[:3]}")
     return [root / x for x in images], [x.parts[0] for x in images]
 
 
 def decode(images, cfg):
-    """Files or arrays -> (N, 3, S, S) uint8, resized and cropped by timm's test transform."""
+    """Files -> (N, 3, S, S) uint8, by timm's test transform; arrays as they are, (N, 3, H, W)."""
     if isinstance(images[0], np.ndarray):  # decoded already
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     transform = timm.data.create_transform(**cfg, use_prefetcher=True)  # not normalised: `prepare`
@@ -737,10 +738,10 @@ def build_vit(config):
 
 
 def lora_layers(vit, layers):
-    """The frozen weights that carry LoRA, copied. layers: "qkv,proj" -> dict layer: W0 (d, k)"""
+    """The frozen weights that carry LoRA. layers: "qkv,proj" -> dict layer: W0 (d, k), a view"""
     wanted, linear = set(layers.split(",")), torch.nn.Linear
     named = [(k, x) for k, x in vit.named_modules() if k.split(".")[-1] in wanted]
-    found = {f"{k}.weight": x.weight.detach().clone() for k, x in named if isinstance(x, linear)}
+    found = {f"{k}.weight": x.weight.detach() for k, x in named if isinstance(x, linear)}
     if {k.split(".")[-2] for k in found} != wanted:
         raise InputError(f"--layers {layers}: not in this model; a ViT has qkv,proj,fc1,fc2")
     return found
@@ -748,8 +749,8 @@ def lora_layers(vit, layers):
 
 # ---------------------------------------------------------------------- Settings and command line
 
-# Constant c of each method; `learning_rate` has the law. The best on held-out images of CIFAR-100,
-# with DeiT-Tiny at 160 px and 5 epochs (results/all.md). Elsewhere search one: extras/screen.py.
+# Constant c of each method, the best on held-out images of CIFAR-100 (DeiT-Tiny, 160 px, 5 epochs);
+# beyond 1,875 images a rate falls: more steps move features further. Elsewhere: extras/screen.py.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 8e-4, "average": 1e-2, "joint": 1e-3}
 
 
@@ -779,7 +780,7 @@ class Config:
     g_max: int = 5  # most groups (a limit: abstract; 5: ours)
     rho: float = 0.9  # fraction of A and of B that pruning keeps (ours)
     group_rank: int = None  # R, rank to which a group is cut at each merge; default: none (ours)
-    merge: Literal["solution", "mean", "sum"] = "solution"  # weights in a group: `shares` (ours)
+    merge: Literal["solution", "mean", "sum"] = "solution"  # running mean, plain mean, sum (ours)
     train_alpha: bool = True  # train alpha_i and every alpha_G (review); off: they stay 1
     read_out: Literal["class-mean", "head"] = "class-mean"  # classifier at test time (ours)
     epochs: int = 5  # epochs per task (ours)
@@ -798,14 +799,13 @@ def resolve(config):
     """A copy with device and precision filled in; refuses values that are out of range."""
     c = vars(config).copy()
     limits = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}
-    for f in fields(config):
+    for f in (f for f in fields(config) if c[f.name] is not None):
         choices, (above, most) = get_args(f.type), limits.get(f.name, (0, math.inf))
-        if c[f.name] is not None and not choices:
-            c[f.name] = f.type(c[f.name])  # a path, numpy's numbers
-        flag = f"--{f.name.replace('_', '-')} {c[f.name]}"
-        if choices and c[f.name] not in (None, *choices):
+        value = c[f.name] = c[f.name] if choices else f.type(c[f.name])  # a path, numpy's numbers
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        if choices and value not in choices:
             raise InputError(f"{flag}: must be one of {', '.join(choices)}")
-        if f.type in (int, float) and c[f.name] is not None and not above < c[f.name] <= most:
+        if f.type in (int, float) and not above < value <= most:
             raise InputError(f"{flag}: must be above {above} and at most {most}")
     first = "cuda" if torch.cuda.is_available() else "cpu"
     c["device"] = (c["device"] or first).replace("cpu:0", "cpu")  # torch.load knows no cpu:0
@@ -817,13 +817,12 @@ def resolve(config):
 
 def main(argv=None, do=run, kind=Config):
     """The command line: one flag per setting, its comment the help; an error is one line."""
-    how = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=kind.__doc__, **how)
-    source = "".join(inspect.getsource(c) for c in kind.__mro__[-2::-1])
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, kind.__doc__, allow_abbrev=False)
+    source = "".join(inspect.getsource(c) for c in kind.__mro__[-2::-1])  # Config's first
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for f in fields(kind):
         text, flag = comments[f.name].replace("%", "%%"), f"--{f.name.replace('_', '-')}"
-        text += f" (default {f.default})" if f.default not in (None, False, True) else ""
+        text += f" (default {f.default})" if f.default not in (None, False) else ""
         how = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
         how = {"metavar": "|".join(get_args(f.type))} if get_args(f.type) else how
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
@@ -831,8 +830,9 @@ def main(argv=None, do=run, kind=Config):
     config = kind(**vars(parser.parse_args(argv)))
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a notebook has none
     if config.dataset == "demo":
-        if not Path(__file__).with_name("extras").is_dir():
-            parser.error("the demo's drawings and model are in extras/: try --dataset cifar100")
+        here = Path(__file__).with_name("extras").is_dir()
+        if not here or config.weights or config.model != kind.model:
+            parser.error("the demo has drawings and a model of its own, in extras/: give --dataset")
         from extras import demo
 
         do = lambda config, do=do: demo.main(do, config)

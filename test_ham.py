@@ -218,9 +218,11 @@ def test_lifted_into_another_loop_nothing_is_shared(finished):
     again.groups[0].members.append(5)
     assert 5 not in method.groups[0].members
     model = copy.deepcopy(vit)
-    layers = ham.lora_layers(model, "qkv")
+    live = ham.HAM({k: x for k, x in model.named_parameters() if k in w0}, method.config)
     model.load_state_dict(method.folded(), strict=False)
-    assert all(torch.equal(layers[name], w) for name, w in w0.items())
+    assert all(
+        torch.equal(live.w0[name], w) and not live.w0[name].requires_grad for name, w in w0.items()
+    )
     c = ham.Config(method="ham", rank=2)  # no rate: the law's, for this task's images
     optimiser, _ = ham.HAM(w0, c).start().begin(torch.randn(750, 4), torch.zeros(750), [0], c, 9)
     assert optimiser.param_groups[0]["lr"] == ham.learning_rate("ham", 5 * 750) == 5e-4
@@ -337,6 +339,15 @@ def test_merge_cuts_a_group_back_to_its_rank():
     cut = ham.merge(members, scales, 2)
     assert cut[0].shape == (20, 2) and cut[1].shape == (2, 30)
     torch.testing.assert_close(ham.dense(cut), ham.dense(ham.truncate(*whole, 2)))
+
+
+def test_a_group_keeps_its_rank_also_where_a_matrix_is_smaller():
+    """Rank 15 of 16 x 16: the factors are larger than ΔW_G, and stay factors."""
+    group = ham.merge(updates(2, "factors", 16, 16), [1.0, 1.0], 15)
+    for member in updates(7, "factors", 16, 16):
+        group = ham.merge([member, group], [1.0, 1.0], 15)
+        assert isinstance(group, tuple) and torch.linalg.matrix_rank(ham.dense(group)) <= 15
+    assert group[0].numel() + group[1].numel() > 16 * 16
 
 
 def test_groups_of_a_fixed_rank_do_not_grow_with_the_tasks():
@@ -630,7 +641,7 @@ def test_class_order_is_the_public_one(folder, tmp_path):
 def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
     assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
     assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ham.InputError, match="--tasks 4: each needs 2 classes, there are 6"):
+    with pytest.raises(ham.InputError, match="--tasks 4: each needs 2 classes, found 6"):
         loaded(folder, tmp_path, tasks=4)
 
 
@@ -693,6 +704,14 @@ def test_class_means():
     means = ham.class_means(f, torch.tensor([7, 7, 8]), [7, 8])
     want = torch.tensor([[0.3, 0.9], [1.0, 0.0]])  # mean of (.6, .8) and (0, 1), then normalised
     torch.testing.assert_close(means, F.normalize(want, dim=1))
+
+
+def test_class_means_refuse_a_class_without_images_and_what_is_not_finite():
+    features, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 1, 0])
+    assert ham.class_means(features, labels, [0, 1]).shape == (2, 4)
+    for classes, factor in (([0, 1, 2], 1.0), ([0, 1], torch.nan)):
+        with pytest.raises(ham.InputError, match="a class has no image, or .*lower --lr"):
+            ham.class_means(factor * features, labels, classes)
 
 
 def test_class_means_are_taken_after_the_merge(folder, tmp_path):
@@ -943,7 +962,7 @@ def test_tiny_imagenet_whole(tmp_path):
     linked(root, train + val, picture(0, size=(64, 64)))
     lines = "".join(f"val_{i}.JPEG\t{wnids[i % 200]}\t0\t0\t63\t63\n" for i in range(10_000))
     (root / "val" / "val_annotations.txt").write_text(lines)
-    files, names, tests = ham.read("tiny_imagenet", tmp_path)
+    files, names, tests = map(np.asarray, ham.read("tiny_imagenet", tmp_path))
     assert (sum(~tests), sum(tests)) == ham.FACTS["tiny_imagenet"][1:] and {*names} == {*wnids}
     for file, name, test in list(zip(files, names, tests))[::777]:
         assert name == (wnids[int(file.stem[4:]) % 200] if test else file.stem.split("_")[0])
@@ -1005,7 +1024,9 @@ def test_images_that_cannot_be_read_are_refused_up_to_three_by_name(tmp_path):
 
 def test_which_files_of_a_folder_are_images(tmp_path, capsys):
     """By all endings of Pillow, in subfolders, too; hidden ones and links to folders are not."""
-    names = "a/1.jpg a/2.JFIF a/3.gif a/sub/4.webp a/notes.txt a/5 a/.6.jpg a/._1.jpg b/1.png"
+    names = (
+        "a/1.jpg a/2.JFIF a/3.gif a/sub/4.webp a/6.pdf a/notes.txt a/5 a/.6.jpg a/._1.jpg b/1.png"
+    )
     for name in [*names.split(), ".ipynb_checkpoints/x.jpg", "a/.cache/x.jpg", "list.txt"]:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
@@ -1018,7 +1039,9 @@ def test_which_files_of_a_folder_are_images(tmp_path, capsys):
     assert found == ["a/1.jpg", "a/2.JFIF", "a/3.gif", "a/sub/4.webp", "b/1.png", "c/1.bmp"]
     assert classes == [*"aaaabc"]
     out = capsys.readouterr().out
-    assert "2 files left out" in out and "notes.txt" in out and "'5'" in out
+    assert "4 left out" in out and "'5'" in out  # and a loop, a list, a document
+    shutil.rmtree(tmp_path / "set" / "a")
+    assert len(ham.image_folder(tmp_path / "set")[0]) == 2 and not capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- Measures
@@ -1434,7 +1457,10 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
         ("--img-size 33", "33"),
         ("--device quantum", "quantum"),
         ("--device cuda:77", "cuda:77"),
-        ("--tasks 4 --method frozen", "each needs 2 classes, there are 6"),
+        ("--tasks 4 --method frozen", "each needs 2 classes, found 6"),
+        ("--dataset demo --weights x", "the demo has drawings and a model of its own"),
+        ("--dataset demo --model test_vit", "the demo has drawings and a model of its own"),
+        (f"--dataset {ROOT / 'extras'}", "known are demo, cifar100, "),
         (f"--name {'x' * 300}", "too long"),
         (f"--out {ROOT / 'ham.py'}", "ham.py"),
     ],
@@ -1646,7 +1672,7 @@ for arguments in (["--help"], []):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and list((tmp_path / "out").rglob("results.json")), done.stderr
     assert "--rho" in done.stdout and done.stdout.endswith("0\n2\n")
-    assert done.stderr.count("\n") == 1 and "the demo's drawings and model are in" in done.stderr
+    assert done.stderr.count("\n") == 1 and "a model of its own, in extras/" in done.stderr
 
 
 def test_demo_as_a_user_runs_it(tmp_path):
@@ -1844,7 +1870,7 @@ def test_groups_of_peft_adapters(folder, monkeypatch):
 def test_readme_reads_a_finished_run(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (file,) = Path(finished[-1]["config"]["out"]).rglob("results.json")
-    shutil.copytree(file.parent, tmp_path / "runs" / "cub200-T10-ham-s1993")
+    shutil.copytree(file.parent, tmp_path / "runs" / "cub200-T10-ham-small-s1993")
     Image.new("RGB", (50, 40)).save("bird.jpg")
     exec(snippet("bird.jpg"), {})  # noqa: S102
     assert capsys.readouterr().out.strip() in finished[-1]["classes"]

@@ -74,7 +74,7 @@ def picture(figure):
     """A figure as PNG of 128 colours, a third of the bytes."""
     file = io.BytesIO()
     figure.savefig(file)
-    plt.close(figure)
+    plt.close("all")  # the others of `tables.pictures()`, too: they would be shown
     return Image.open(file).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE)
 
 
