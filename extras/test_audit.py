@@ -128,7 +128,15 @@ def test_every_difference_of_the_controls():
 
 
 def test_sentences_that_no_table_has():
-    """Of Noise (a GPU's accuracy, the same bits) and Other methods (TreeLoRA's leaves)."""
+    """Of Noise (a GPU's accuracy, the same bits), Other methods (leaves), Parts (a constant share)."""
+    lines = (RESULTS / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
+    held_out = [json.loads(line) for line in lines]
+    end = {
+        run["config"]["share"]: run["class-mean"][1]
+        for run in held_out
+        if run["name"] in ("share", "fp32") and run["config"]["seed"] == 1993
+    }
+    assert 0 < end[None] - end[0.7] < 1 and 1.7 < end[None] - end[0.3] < 2
     few, name = "CIFAR-100, 50 per class, T = 20", "CIFAR-100, 50 per class, GPU, T = 20"
     cpu, gpu = runs(few, "ham"), runs(name, "ham")
     assert len(gpu) == 5 and all(abs(measured(gpu[s])[0] - measured(cpu[s])[0]) < 0.3 for s in gpu)
