@@ -220,8 +220,8 @@ class Trainable:
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
         lr = config.lr or learning_rate(config.method, config.epochs * len(labels))
         rates = (factors, lr), ([self.head], config.lr_head), (scalars, config.lr_alpha)
-        groups = [{"params": tensors, "lr": rate} for tensors, rate in rates]
-        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        params = [{"params": tensors, "lr": rate} for tensors, rate in rates]
+        optimiser = torch.optim.AdamW(params, weight_decay=0.0)
         return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
     def detached(self):
@@ -338,7 +338,7 @@ def cosine_logits(features, class_rows):
 
 
 def task_loss(trained, features, labels):
-    """Cross-entropy over the task's classes only (ours). features (n, D), labels (n,) -> ()"""
+    """Cross-entropy over the task's classes (ours). features (n, D), labels (n,), of these -> ()"""
     targets = (labels[:, None] == trained.classes).int().argmax(1)
     return F.cross_entropy(LOGIT_SCALE * cosine_logits(features, trained.head), targets)
 

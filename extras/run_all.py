@@ -74,6 +74,7 @@ GROUPINGS = {
     "R8-least": "--group-rank 8 --grouping least",
     "share0.3": "--g-max 1 --no-train-alpha --share 0.3",
     "share0.5": "--g-max 1 --no-train-alpha --share 0.5",
+    "share0.7": "--g-max 1 --no-train-alpha --share 0.7",
 }
 for part, flags in GROUPINGS.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-gpu-{part}", FIVE)

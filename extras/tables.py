@@ -79,6 +79,7 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
         "random group": "i50-gpu-random",
         "no groups, 0.3 of each adapter": "i50-gpu-share0.3",
         "no groups, 0.5 of each adapter": "i50-gpu-share0.5",
+        "no groups, 0.7 of each adapter": "i50-gpu-share0.7",
     },
     "superclasses": {"ham": "i50-super", "random group": "i50-super-random"},
     "noise": {
@@ -406,6 +407,25 @@ def tuned(results=RESULTS):
     return table.map(lambda n: f"{n:.0f}" if n > 0 else "").set_axis(
         table.columns.map(", ".join), axis=1
     )
+
+
+def alone(results=RESULTS):
+    """Groupings of adapters that were trained alone, by extras/alone.py, on held-out images."""
+    lines = (Path(results) / "validate" / "alone.jsonl").read_text("utf-8").splitlines()
+    r = pd.json_normalize([json.loads(line) for line in lines])
+    r = r.sort_values(["rank", "scale"], kind="stable")
+    r["drawn"] = r["by"].str.startswith("random")
+    same = ["rank", "scale", "config.seed"]
+    drawn = r[r["drawn"]].groupby(same)["final_accuracy"].mean().rename("random")
+    r = r.join(drawn, on=same)
+    r["gap"] = (r["final_accuracy"] - r["random"]).mask(r["drawn"])
+    r["by"] = r["by"].mask(r["drawn"], "random")
+    rows = r.groupby(["rank", "scale", "by"], sort=False)
+    table = pd.DataFrame({"held-out accuracy": rows["final_accuracy"].agg(cell)})
+    gaps = {key: own.set_index("config.seed")["gap"] for key, own in rows if own["gap"].count()}
+    table["it − random"] = differences(pd.DataFrame(gaps))
+    table["seeds"] = rows["config.seed"].nunique().map(str)
+    return table.fillna("").rename(str).rename_axis(["R", "scale", "grouped by"])
 
 
 def demo(results=RESULTS):

@@ -18,7 +18,7 @@ CHANGED |= {"random group": "-random", "one group per task": "-each-its-own", "n
 CHANGED |= {"sum (literal)": "-sum", "mean of what was added": "-mean", "ρ = 0.5": "-rho0.5"}
 CHANGED |= {"ρ = 0.3": "-rho0.3", "α fixed at 1": "-no-alpha", "G_max = 2": "-gmax2"}
 CHANGED |= {"G_max = 10": "-gmax10"}
-CHANGED |= {f"no groups, {c} of each adapter": f"-share{c}" for c in (0.3, 0.5)}
+CHANGED |= {f"no groups, {c} of each adapter": f"-share{c}" for c in (0.3, 0.5, 0.7)}
 
 
 WORDS = {"random group": "random", "by features": "features", "least similar": "least"}

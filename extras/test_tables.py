@@ -186,6 +186,20 @@ def test_held_out_runs_by_budget_and_rate(tmp_path):
     assert set(law.xs("ham", level="method")) == {"0.00015"}  # 2,500 images, five times
 
 
+def test_groupings_against_the_mean_of_the_draws_of_their_seed(tmp_path):
+    lines = []
+    for seed, ends in ((1993, [60.0, 50.0, 52.0]), (1994, [64.0, 58.0, 62.0])):
+        for by, end in zip(("adapter", "random", "random 2"), ends):
+            line = {"by": by, "rank": 2, "scale": 0.4, "final_accuracy": end}
+            lines.append(json.dumps(line | {"config": {"seed": seed}}))
+    (tmp_path / "validate").mkdir()
+    (tmp_path / "validate" / "alone.jsonl").write_text("\n".join(lines))
+    table = tables.alone(tmp_path)
+    assert table.index.tolist() == [("2", "0.4", "adapter"), ("2", "0.4", "random")]
+    assert table.loc[("2", "0.4", "adapter")].tolist() == ["62.0 ± 2.8", "+6.5 [-25.3, +38.3]", "2"]
+    assert table.loc[("2", "0.4", "random")].tolist() == ["55.5 ± 5.5", "", "2"]
+
+
 def test_the_grid_has_the_papers_own_figures_where_someone_types_them(results):
     grid = tables.grid(results=results)
     here = grid.xs("here: vit, 160 px, all images").loc["ham"]
