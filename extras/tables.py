@@ -484,7 +484,7 @@ def one(run):
 
 
 TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, demo]
-TABLES += [tuned, held_out, demo_rates, noise, grid, settings, measures]
+TABLES += [tuned, held_out, alone, demo_rates, noise, grid, settings, measures]
 TABLES = {table.__name__: table for table in TABLES}
 
 

@@ -127,6 +127,30 @@ def test_every_difference_of_the_controls():
             assert shown == pytest.approx(want, abs=0.0501), (row, column)
 
 
+def test_groupings_of_adapters_trained_alone():
+    lines = (RESULTS / "validate" / "alone.jsonl").read_text("utf-8").splitlines()
+    ends, rows = {}, table("all.md", "alone")
+    for run in map(json.loads, lines):
+        at = f"{run['rank']}", f"{run['scale']}", run["by"].split()[0]
+        ends.setdefault(at, {}).setdefault(run["config"]["seed"], []).append(run["final_accuracy"])
+    assert len(rows) == len(ends)
+    for row in rows:
+        *cut, by = row["R"], row["scale"], row["grouped by"]
+        own, drawn = ends[*cut, by], ends[*cut, "random"]
+        assert cell([x for values in own.values() for x in values], row["held-out accuracy"])
+        gaps = [statistics.fmean(own[s]) - statistics.fmean(drawn[s]) for s in own]
+        if by != "random":
+            mean, half = (
+                statistics.fmean(gaps),
+                T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps)),
+            )
+            shown = [
+                float(x) for x in re.findall(r"[+-]?\d[\d.]*", row["it − random"].replace("*", ""))
+            ]
+            assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.0501)
+            assert mean - half < 0 < mean + half  # as README.md says
+
+
 def test_sentences_that_no_table_has():
     """Of Noise (a GPU's accuracy, the same bits), Other methods (leaves), Parts (a constant share)."""
     lines = (RESULTS / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
