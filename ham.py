@@ -243,16 +243,16 @@ class HAM:
     def finish(self, task, trained):
         """Group, prune, scale and merge task i, once, before the next `start`. -> what happened"""
         adapter, alpha = trained.detached(), trained.alpha.item()
-        for group, value in zip(self.groups, trained.alpha_groups.tolist()):  # alone: none
+        alpha_groups = trained.alpha_groups.tolist()  # none where it was trained alone
+        for group, value in zip(self.groups, alpha_groups):
             group.alpha = value
         similarities = cosine_similarity(flat(adapter), [flat(g.delta_w) for g in self.groups])
         j = self.choose(task, similarities)  # (2)
         if j == len(self.groups):
             self.groups.append(Group({}))
         self.join(self.groups[j], task, adapter, alpha)  # (3), (4)
-        scalars = {"alpha": alpha, "alpha_groups": trained.alpha_groups.tolist()}
-        sizes = [len(g.members) for g in self.groups]
-        return scalars | {"group": j, "similarities": similarities, "group_sizes": sizes}
+        record = {"alpha": alpha, "alpha_groups": alpha_groups, "similarities": similarities}
+        return record | {"group": j, "group_sizes": [len(g.members) for g in self.groups]}
 
     def choose(self, task, similarities):
         """(2) The index of the group that task i joins, or M for a new one: to be overridden."""
@@ -306,11 +306,11 @@ class Average(HAM):
         return Trainable(self.w0, [], self.config)
 
 
-MEAN = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
+AVERAGE = {"train_alpha": False, "tau": -1.0, "g_max": 1, "rho": 1.0, "merge": "mean"}
 METHODS = {  # its class, and the settings that `resolve` overrides
     "ham": (HAM, {}),
     "sequential": (Sequential, {"train_alpha": False}),
-    "average": (Average, MEAN | {"group_rank": None}),
+    "average": (Average, AVERAGE | {"group_rank": None}),
     "joint": (Sequential, {"train_alpha": False, "tasks": 1}),
     "frozen": (HAM, {"read_out": "class-mean"}),  # `run` gives it no layers: nothing is trained
 }
@@ -445,7 +445,7 @@ def learn(vit, method, data, loss=task_loss):
         save(folder / "trial", vit, method, data, state)
         shutil.rmtree(folder / "trial")
     for task in range(len(results["tasks"]), config.tasks):
-        start, classes, record = time.perf_counter(), data.tasks[task], {}
+        began, classes, record = time.perf_counter(), data.tasks[task], {}
         if method.w0:
             trained, mean_loss = train_task(vit, method, data, task, loss)  # (1)
             record = {"loss": mean_loss} | method.finish(task, trained)  # (2), (3), (4)
@@ -458,7 +458,7 @@ def learn(vit, method, data, loss=task_loss):
         results["accuracy_matrix"].append(accuracies(logits, labels, data.tasks[: task + 1]))
         results |= measures(results["accuracy_matrix"], data.sizes("test"))
         record |= {"accuracy": results["final_accuracy"], "forgetting": results["forgetting"]}
-        record["seconds"] = {"train": middle - start, "evaluate": time.perf_counter() - middle}
+        record["seconds"] = {"train": middle - began, "evaluate": time.perf_counter() - middle}
         results["tasks"].append(record)
         write(folder / "state.pt", lambda f: torch.save(state | {"method": method.state()}, f))
         line = "task {:2}/{}  accuracy {accuracy:4.1f}  forgetting {forgetting:4.1f}"
@@ -486,7 +486,7 @@ def open_run(vit, method, data):
             state = torch.load(folder / "state.pt", data.device, weights_only=True)
             method.restore(state["method"])
         old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
-    free = {"out", "data_dir", "device", "dataset", "weights"}  # digests tell the last two
+    free = {"out", "data_dir", "device", "dataset", "weights"}  # of the last two digests tell
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
@@ -693,7 +693,7 @@ def decode(images, cfg):
             image = Image.open(images[i])
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bit per channel: convert it")
-            image.getexif()  # caches the orientation; without the rest no malformed tag breaks
+            image.getexif()  # keeps the orientation; exif_transpose fails on other, malformed tags
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)  # as a viewer would show it
             if image.has_transparency_data:  # on white
@@ -703,8 +703,7 @@ def decode(images, cfg):
         except Exception as error:  # noqa: BLE001 PIL has many
             return f"{images[i]} ({error})"
 
-    how = {"max_workers": os.cpu_count(), "desc": "decoding", "leave": False, "disable": None}
-    done = thread_map(load, range(len(images)), **how)
+    done = thread_map(load, range(len(images)), desc="decoding", leave=False, disable=None)
     if bad := [x for x in done if x]:
         raise InputError(f"{len(bad)} images cannot be read: {', '.join(bad[:3])}")
     return pixels
