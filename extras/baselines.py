@@ -115,14 +115,10 @@ class Onward(ham.HAM):
             group.alpha = value
         if self.j == len(self.groups):
             self.groups.append(ham.Group({}))
-        group, n = self.groups[self.j], len(self.groups[self.j].members)
-        for name, ba in trained.detached().items():
-            updates, scales = [ba], [alpha / (n + 1)]
-            if n:
-                updates, scales = [ba, group.delta_w[name]], [*scales, group.alpha * n / (n + 1)]
-            group.delta_w[name] = ham.merge(updates, scales, self.config.rank)
-        group.members.append(task)
-        group.alpha, sizes = 1.0, [len(g.members) for g in self.groups]
+        same = {"rho": 1.0, "merge": "mean", "group_rank": self.config.rank}
+        mean = ham.HAM({}, dataclasses.replace(self.config, **same))
+        mean.join(self.groups[self.j], task, trained.detached(), alpha)
+        sizes = [len(group.members) for group in self.groups]
         scalars = {"alpha": alpha, "alpha_groups": alphas, "group": self.j, "group_sizes": sizes}
         return scalars | {"similarities": self.similarities}
 

@@ -74,13 +74,8 @@ def fixed_rank(few, many):
         adapters = np.array([sum(n) if row == "ham" else len(n) for n in sizes])
         stored = (end["sequential"] + adapter * (adapters - 1)) / 1e3
         right.plot(range(1, len(sizes) + 1), stored, **line, ms=4, markevery=3)
-        right.text(
-            1.02 * len(sizes),
-            stored[-1],
-            f"{row} {stored[-1]:,.0f} k",
-            va="center",
-            color=line["color"],
-        )
+        how = {"va": "center", "color": line["color"]}
+        right.text(1.02 * len(sizes), stored[-1], f"{row} {stored[-1]:,.0f} k", **how)
     right.set(title=many.setting.iloc[0], xlabel="after task", ylabel="numbers stored (thousands)")
     right.set_ylim(0, None)
     return fig
@@ -217,11 +212,8 @@ def similarities(records, tau):
     """(2) What each new adapter's similarity with each group was, and which group it joined."""
     fig, ax = panels()
     for j, line in zip(range(len(records[-1]["group_sizes"])), LINES):
-        seen = [
-            (t + 1, r["similarities"][j])
-            for t, r in enumerate(records)
-            if j < len(r["similarities"])
-        ]
+        seen = [(t, r["similarities"]) for t, r in enumerate(records, 1)]
+        seen = [(t, similarities[j]) for t, similarities in seen if j < len(similarities)]
         ax.plot(*zip(*seen), **line | {"linestyle": ""}, ms=6, label=f"group {j}")
     for t, record in enumerate(records):
         j, s = record["group"], record["similarities"]
@@ -246,10 +238,8 @@ def ageing(cosine, tasks):
     ax.plot(range(1, len(tasks) + 1), [cosine[[*x]].mean() for x in tasks], **LINES[0])
     for task, classes in enumerate(tasks, 1):
         ax.plot([task] * len(classes), cosine[[*classes]], "_", color="black")
-    ax.set(
-        title="cosine of a class mean as taken with that of the same images under the final model"
-    )
-    ax.set(xlabel="task (dashes: its classes)", xticks=ticks(len(tasks)))
+    title = "cosine of a class mean as taken with that of the same images under the final model"
+    ax.set(title=title, xlabel="task (dashes: its classes)", xticks=ticks(len(tasks)))
     return fig
 
 

@@ -45,10 +45,8 @@ def main():
         print("best", best, flush=True)
         jobs = [(m, float(best[m]), seed) for m in METHODS for seed in SEEDS]
         jobs += [("frozen", None, seed) for seed in SEEDS]
-        runs, keys = (
-            [],
-            ("final_accuracy", "forgetting", "learning_accuracy", "seconds", "hardware"),
-        )
+        keys = ("final_accuracy", "forgetting", "learning_accuracy", "seconds", "hardware")
+        runs = []
         for (method, lr, seed), found in zip(jobs, pool.map(measure, jobs)):
             runs.append({"method": method, "lr": lr, "seed": seed} | dict(zip(keys, found)))
     result = {"draws": DRAWS, "tried": tried, "runs": runs}

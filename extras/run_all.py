@@ -79,7 +79,6 @@ GROUPINGS = {
 for part, flags in GROUPINGS.items():
     add("cifar100", 20, "ham", f"{I50} {flags}", f"i50-gpu-{part}", FIVE)
 add("cifar100", 20, "onward", f"{I50} --grouping random", "i50-gpu-random", FIVE)
-add("cifar100", 20, "onward", f"{I50} --superclasses", "i50-gpu-super", FIVE)
 add("cifar100", 20, "treelora", I50, "i50-gpu")
 add("cifar100", 20, "treelora", f"{I50} --grouping random", "i50-gpu-random")
 add("cifar100", 20, "o_lora ewc sd_lora safm first", I50, "i50-gpu")

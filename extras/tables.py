@@ -10,6 +10,7 @@ Accuracies in per cent: mean ± standard deviation over seeds. Differences: mean
 import argparse
 import json
 import re
+import string
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,6 +50,7 @@ SETTINGS = {  # in which methods are compared: data set, tasks, --name
     "CIFAR-100, 50 per class, T = 50": ("cifar100", 50, "i50"),
     "CIFAR-100, 250 per class, T = 20": ("cifar100", 20, "i250"),
     "CIFAR-100, 250 per class, T = 50": ("cifar100", 50, "i250"),
+    "CIFAR-100, 50 per class, GPU, T = 10": ("cifar100", 10, "i50-gpu"),
     "CIFAR-100, 50 per class, GPU, T = 20": ("cifar100", 20, "i50-gpu"),
     "CIFAR-100, 50 per class, GPU, T = 50": ("cifar100", 50, "i50-gpu"),
     "CUB-200, T = 10": ("cub200", 10, ""),
@@ -85,6 +87,7 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
     "noise": {
         "ham": "i50",
         "again": "i50-again",
+        "fp32": "i50-fp32",
         "two threads": "i50-2threads",
         "a GPU": "i50-gpu",
     },
@@ -98,6 +101,8 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
 }
 PARTS = ["random classes", "random classes, GPU", "superclasses"]
 RUN = ["config.dataset", "config.tasks", "config.method", "config.name"]
+BUILD = {"ham.py": "ham_sha256", "torch": "versions.torch", "timm": "versions.timm"}
+BUILD |= {"on": "hardware", "precision": "config.precision"}
 
 
 def rows():
@@ -124,10 +129,30 @@ def runs(results=RESULTS, settings=None, only=None):
     found["config.name"] = found["config.name"].fillna("")
     seconds = [[task["seconds"]["train"] for task in tasks] for tasks in found["tasks"]]
     found["seconds.train"] = [sum(x) for x in seconds]
+    found["build"] = builds_of(found)
     r = rows().merge(found)
     r = r[r["setting"].isin(settings or r["setting"])]
     r = r[r["setting"].isin(r["setting"][r["row"] == "ham"])]
     return r[r["row"].isin(only or r["row"])]
+
+
+def builds_of(found):
+    """What made each run: A1, A2, ..., B1, ... One letter: trained a first task to the same bits.
+
+    Whether it did is seen where two runs, with one seed and data set, end their first task with the
+    same loss to its last digit; that holds over third builds, too. A build may have no such run.
+    """
+    build = found[[*BUILD.values()]].agg(" ".join, axis="columns")
+    loss = pd.Series([tasks[0].get("loss") if tasks else None for tasks in found["tasks"]])
+    first = found["config.dataset"] + " " + found["config.seed"].astype(str) + loss.map(repr)
+    first, group = first.where(loss.notna(), build), build
+    for _ in build.unique():  # as long as a chain of builds can be
+        group = group.groupby(first).transform("min").groupby(build).transform("min")
+    names = {}
+    for letter, part in zip(string.ascii_uppercase, group.value_counts().index):
+        for i, one in enumerate(build[group == part].value_counts().index, 1):
+            names[one] = f"{letter}{i}"
+    return build.map(names)
 
 
 # ------------------------------------------------------------------------------------------- Cells
@@ -143,9 +168,9 @@ def half(x):
     return stats.t.ppf(0.975, x.count() - 1) * x.sem()
 
 
-def cell(x, digits=1, spread=pd.Series.std):
-    """Mean ± spread over seeds; a dash where nothing was measured."""
-    text = f"{x.mean():.{digits}f} ± {spread(x):.{digits}f}".removesuffix(" ± nan")
+def cell(x, digits=1):
+    """Mean ± standard deviation over seeds; a dash where nothing was measured."""
+    text = f"{x.mean():.{digits}f} ± {x.std():.{digits}f}".removesuffix(" ± nan")
     return text if x.count() else "–"
 
 
@@ -181,6 +206,7 @@ COLUMNS = {  # heading: key in results.json, what makes a cell of its values ove
     "stored": ("parameters_stored", lambda x: f"{x.mean() / 1e3:,.0f} k"),
     "seeds": ("config.seed", lambda x: f"{x.count()}"),
     "which seeds": ("config.seed", lambda x: ", ".join(map(str, x))),
+    "builds": ("build", lambda x: ", ".join(sorted({*x}))),
 }
 
 
@@ -191,7 +217,7 @@ def by_seed(r, key="final_accuracy"):
 
 def summary(r, columns, names=("setting", "method")):
     """(setting, row) × columns of COLUMNS; ham − it: HAM less the row, over the seeds both have."""
-    which = ["setting", "row", "config.seed"]
+    which = ["setting", "row", "config.seed", "build"]
     keys = list({key for key, _ in COLUMNS.values()} - {*which})
     r = r[which].join(r.reindex(columns=keys).astype(float))  # null, or in no run: nan
     r["drift"] = r["class_mean_oracle"] - r["final_accuracy"]
@@ -215,9 +241,15 @@ def markdown(table):
 
 
 def headline(results=RESULTS):
-    """Final accuracy of HAM and its controls: mean ± half of the 95 % interval (seeds)."""
-    final = by_seed(runs(results, [*HEADLINE]))
-    table = final.agg(lambda x: f"{cell(x, spread=half)} ({x.count()})").unstack()
+    """Final accuracy of HAM and its controls: mean [95 % interval] (seeds)."""
+
+    def interval(x):
+        mean, width, n = x.mean(), half(x), x.count()
+        return f"{mean:.1f} [{mean - width:.1f}, {mean + width:.1f}] ({n})".replace(
+            " [nan, nan]", ""
+        )
+
+    table = by_seed(runs(results, [*HEADLINE])).agg(interval).unstack()
     table = table.reindex(CONTROLS, columns=HEADLINE).astype(object).fillna("–")
     return table.rename(columns=HEADLINE).rename_axis("method")
 
@@ -272,8 +304,8 @@ def growth(results=RESULTS):
 
 
 def others(results=RESULTS):
-    """HAM, `sequential` and the methods of extras/baselines.py, where one has more than one seed."""
-    r = runs(results, [*SETTINGS], ["ham", "sequential", *OTHERS, *BESIDE])
+    """HAM and the methods of extras/baselines.py, where one has more than one seed."""
+    r = runs(results, [*SETTINGS], ["ham", *OTHERS, *BESIDE])
     r = r[r.groupby(["setting", "row"])["row"].transform("size") > 1]
     r = r[r["setting"].isin(r["setting"][r["row"].isin(OTHERS)])]
     columns = ["final accuracy", "ham − it", "forgetting", "task known", "stored", "seeds"]
@@ -301,25 +333,31 @@ def fixed_rank(results=RESULTS):
 def measures(results=RESULTS):
     """Every measure of every row."""
     r = runs(results, [*SETTINGS, *PARTS])
-    columns = [*list(COLUMNS)[:7], "training s", "stored", "which seeds"]
+    columns = [*list(COLUMNS)[:7], "training s", "stored", "which seeds", "builds"]
     return summary(r, columns, ["setting", "row"])
 
 
 def settings(results=RESULTS):
-    """The budget, hardware, precision and versions behind each setting's rows."""
+    """The budget behind each setting's rows, and what made them: see `builds`."""
     r = runs(results)
     r["test images"] = r["test_images_per_task"].map(sum)
     keys = ["config.model", "config.img_size", "config.epochs", "config.images_per_class"]
-    keys += ["test images", "config.precision", "hardware", "versions.torch", "versions.timm"]
-    keys += ["ham_sha256"]
+    keys += ["test images", "config.precision", "build"]
 
-    def distinct(values):  # no cap on the images per class: all; of a digest, its beginning
-        cut = 7 if values.name == "ham_sha256" else None
-        found = sorted({x[:cut] if isinstance(x, str) else f"{x:,g}" for x in values.dropna()})
-        return " and ".join(found) or "all"
+    def distinct(values):  # no cap on the images per class: all
+        found = sorted({x if isinstance(x, str) else f"{x:,g}" for x in values.dropna()})
+        return ", ".join(found) or "all"
 
     table = r.groupby("setting", sort=False)[keys].agg(distinct)
     return table.rename(columns=lambda key: key.split(".")[-1].replace("_", " "))
+
+
+def builds(results=RESULTS):
+    """What made the runs, and how many. A letter's first tasks have the same bits: `builds_of`."""
+    r = runs(results).drop_duplicates([*RUN, "config.seed"])
+    r["ham_sha256"] = r["ham_sha256"].str[:7]
+    table = r.groupby("build").agg(**{name: (key, "first") for name, key in BUILD.items()})
+    return table.assign(runs=r["build"].value_counts().map(str))
 
 
 def noise(results=RESULTS):
@@ -365,10 +403,9 @@ def held_out(results=RESULTS):
         changed += ["GPU"] if "NVIDIA" in run.get("hardware", "") else []
         changed += [run["code_change"]] if "code_change" in run else []
         changed += [f"λ = {s['penalty']:g}"] if s.get("penalty") else []
-        line = [*(s[k] for k in budget), run["tasks_learnt"], s["method"], ", ".join(changed)]
-        found.setdefault(tuple(line), {}).setdefault(s.get("lr") or 0.0, []).append(
-            run["class-mean"][1]
-        )
+        line = *(s[k] for k in budget), run["tasks_learnt"], s["method"], ", ".join(changed)
+        rates, lr = found.setdefault(line, {}), s.get("lr") or 0.0
+        rates.setdefault(lr, []).append(run["class-mean"][1])
     table, classes = {}, {"cifar100": (100, 500), "cub200": (200, 30)}  # and images of each
 
     def order(line):
@@ -389,24 +426,20 @@ def held_out(results=RESULTS):
 
 
 def tuned(results=RESULTS):
-    """How much was tried on held-out images for each method, over all budgets of a data set."""
+    """How much was tried for each method, as it runs now, where methods are compared; and in all."""
     lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
-    found = pd.json_normalize([json.loads(line) for line in lines])
-    found["method"] = found["settings.method"].fillna("ham")
-    for key in ("lr", "penalty"):
-        found[key] = found.get(f"config.{key}", np.nan)
-        found[key] = found[key].fillna(found.get(f"settings.{key}", np.nan))
-    table = found.groupby(["settings.dataset", "method"]).agg(
-        runs=("method", "size"), rates=("lr", "nunique"), λ=("penalty", "nunique")
-    )
-    table = table.unstack(0).swaplevel(axis="columns").rename(columns=DATA, level=0)
-    table = table[
-        [(data, x) for data in DATA.values() for x in ("runs", "rates", "λ") if (data, x) in table]
-    ]
-    table = table.reindex([x for x in METHODS if x in table.index])
-    return table.map(lambda n: f"{n:.0f}" if n > 0 else "").set_axis(
-        table.columns.map(", ".join), axis=1
-    )
+    lines = [json.loads(line) for line in lines]
+    r = pd.DataFrame([{"method": "ham"} | x.get("config", {}) | x["settings"] for x in lines])
+    r = r.reindex(columns=r.columns.union(["penalty", "tasks"]))  # some know of none
+    every, table = r.groupby("method").size(), {}
+    r = r[["code_change" not in x for x in lines]]
+    for data, tasks, n in ("cifar100", 20, 50), ("cub200", 10, 0):  # images per class, 0: all
+        same = {"dataset": data, "tasks": tasks, "images_per_class": n}
+        own = r[(r[[*same]].fillna(0) == pd.Series(same)).all(axis="columns")].groupby("method")
+        found = {"rates": own["lr"].nunique(), "λ": own["penalty"].nunique(), "runs": own.size()}
+        table |= {f"{DATA[data]}, T = {tasks}: {name}": x for name, x in found.items()}
+    table = pd.DataFrame(table | {"runs in all": every}).reindex([x for x in METHODS if x in every])
+    return table.map(lambda n: f"{n:.0f}" if n > 0 else "").rename_axis("method")
 
 
 def alone(results=RESULTS):
@@ -484,7 +517,7 @@ def one(run):
 
 
 TABLES = [headline, first_runs, controls, growth, parts, fixed_rank, others, demo]
-TABLES += [tuned, held_out, alone, demo_rates, noise, grid, settings, measures]
+TABLES += [tuned, held_out, alone, demo_rates, noise, grid, settings, builds, measures]
 TABLES = {table.__name__: table for table in TABLES}
 
 

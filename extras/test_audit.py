@@ -67,11 +67,25 @@ def measured(run):
     return final[-1], statistics.fmean(final), sum(lost) / max(1, len(lost)), learning
 
 
-def cell(values, shown):
+def cell(values, text):
     """Is "mean ± standard deviation", or one value, what these are, to its last digit?"""
-    numbers = [float(x.replace(",", "")) for x in re.findall(r"-?[\d.,]+", shown)]
+    numbers = [float(x.replace(",", "")) for x in re.findall(r"-?[\d.,]+", text)]
     want = [statistics.fmean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
     return numbers == pytest.approx(want, abs=0.0501)
+
+
+def interval(gaps):
+    """Mean and 95 % interval; of one value, itself; of none, nothing."""
+    mean = [statistics.fmean(gaps)] if gaps else []
+    if len(gaps) < 2:
+        return mean
+    half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return [*mean, mean[0] - half, mean[0] + half]
+
+
+def shown(text):
+    """The numbers in a cell."""
+    return [float(x) for x in re.findall(r"[+-]?\d[\d.]*", text.replace("*", ""))]
 
 
 def test_every_row_of_all_measures():
@@ -95,19 +109,12 @@ def test_every_difference_and_its_interval(name):
         other = runs(setting, method)
         assert cell([measured(r)[0] for r in other.values()], row["final accuracy"]), row
         if "R = 8" in method and row.get("R = 8 − it"):
-            cut, shown = runs(setting, "ham, R = 8"), row["R = 8 − it"].replace("*", "")
+            cut = runs(setting, "ham, R = 8")
             gaps = [measured(cut[s])[0] - measured(r)[0] for s, r in other.items() if s in cut]
-            assert float(shown.split(" ")[0]) == pytest.approx(statistics.fmean(gaps), abs=0.0501)
+            assert shown(row["R = 8 − it"]) == pytest.approx(interval(gaps), abs=0.0501), row
         gaps = [measured(ham[s])[0] - measured(r)[0] for s, r in other.items() if s in ham]
         if method != "ham":
-            mean, half = statistics.fmean(gaps), 0.0
-            shown = [float(x) for x in re.findall(r"[+-]?[\d.]+", row["ham − it"].replace("*", ""))]
-            if len(gaps) > 1:
-                half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            want = [mean, mean - half, mean + half][: len(shown)]
-            assert shown == pytest.approx(want, abs=0.0501) and len(shown) == (3 if half else 1), (
-                row
-            )
+            assert shown(row["ham − it"]) == pytest.approx(interval(gaps), abs=0.0501), row
 
 
 def test_every_difference_of_the_controls():
@@ -119,12 +126,7 @@ def test_every_difference_of_the_controls():
         for column, (method, which) in columns.items():
             other = runs(row["setting"], method)
             gaps = [measured(ham[s])[which] - measured(other[s])[which] for s in ham if s in other]
-            shown = [float(x) for x in re.findall(r"[+-]?\d[\d.]*", row[column].replace("*", ""))]
-            want = [statistics.fmean(gaps)] if gaps else []
-            if len(gaps) > 1:
-                half = T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-                want += [want[0] - half, want[0] + half]
-            assert shown == pytest.approx(want, abs=0.0501), (row, column)
+            assert shown(row[column]) == pytest.approx(interval(gaps), abs=0.0501), (row, column)
 
 
 def test_groupings_of_adapters_trained_alone():
@@ -140,15 +142,9 @@ def test_groupings_of_adapters_trained_alone():
         assert cell([x for values in own.values() for x in values], row["held-out accuracy"])
         gaps = [statistics.fmean(own[s]) - statistics.fmean(drawn[s]) for s in own]
         if by != "random":
-            mean, half = (
-                statistics.fmean(gaps),
-                T975[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps)),
-            )
-            shown = [
-                float(x) for x in re.findall(r"[+-]?\d[\d.]*", row["it − random"].replace("*", ""))
-            ]
-            assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.0501)
-            assert mean - half < 0 < mean + half  # as README.md says
+            mean, low, high = interval(gaps)
+            assert shown(row["it − random"]) == pytest.approx([mean, low, high], abs=0.0501)
+            assert low < 0 < high  # as README.md says
 
 
 def test_sentences_that_no_table_has():
@@ -172,8 +168,8 @@ def test_sentences_that_no_table_has():
             assert {**one, "seconds": 0} == {**other, "seconds": 0}
     bandit, drawn = (runs(name, row) for row in ("treelora", "treelora, random leaf"))
     gaps = [measured(bandit[s])[0] - measured(drawn[s])[0] for s in bandit]
-    mean, half = statistics.fmean(gaps), T975[3] * statistics.stdev(gaps) / math.sqrt(3)
-    assert len(gaps) == 3 and mean - half < 0 < mean + half
+    _, low, high = interval(gaps)
+    assert len(gaps) == 3 and low < 0 < high
     for run in bandit.values():
         before, steps = 0, 0
         for t, record in enumerate(run["tasks"]):

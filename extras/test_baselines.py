@@ -121,20 +121,11 @@ def test_task_known_by_hand():
 
 def test_mistakes_are_one_line(capsys):
     mistakes = ["--method nothing", "--gain 5 --merge sum", "--penalty -1 --method ewc"]
-    mistakes += [
-        "--share 0.5 --merge mean",
-        "--penalty 1",
-        "--gain 5 --method ewc",
-        "--tau 0.2 --method onward",
-        "--superclasses",
-        "--grouping other",
-    ]
-    mistakes += [
-        "--tau 0.5 --method treelora",
-        "--lr-alpha 1 --method ewc",
-        "--rank 4 --method frozen",
-    ]
-    mistakes += ["--read-out head --method first", "--no-train-alpha --method average --g-max 2"]
+    mistakes += ["--share 0.5 --merge mean", "--penalty 1", "--gain 5 --method ewc"]
+    mistakes += ["--tau 0.2 --method onward", "--superclasses", "--grouping other"]
+    mistakes += ["--tau 0.5 --method treelora", "--lr-alpha 1 --method ewc"]
+    mistakes += ["--rank 4 --method frozen", "--read-out head --method first"]
+    mistakes += ["--no-train-alpha --method average --g-max 2"]
     for mistake in mistakes:
         with pytest.raises(SystemExit, match="2"):
             given = ["--dataset", "x", *mistake.split()]
@@ -256,22 +247,14 @@ def test_onward_by_brute_force(grouping):
         assert method.groups[j].alpha == 1 and method.groups[j].delta_w["x"][0].shape == (9, c.rank)
 
 
-def test_gain_by_hand():
-    method, group, want = baselines.Variant({}, plain(rho=1.0, gain=3.0)), ham.Group({}), 0.0
+@pytest.mark.parametrize("settings", [{"gain": 3.0}, {"share": 0.3}])
+def test_gain_and_a_constant_share_by_hand(settings):
+    method, group = baselines.Variant({}, plain(rho=1.0, **settings)), ham.Group({})
+    want = 0.0
     for i in range(6):
         (b, a), group.alpha = factors(), 1.5
         method.join(group, i, {"x": (b, a)}, alpha=0.7)
-        want = 0.7 * min(i + 1, 3) / (i + 1) * (b @ a) + 1.5 * want
-        torch.testing.assert_close(ham.dense(group.delta_w["x"]), want)
-
-
-def test_a_constant_share_of_each_adapter_by_hand():
-    c = plain(rho=1.0, share=0.3, g_max=1, train_alpha=False)
-    method, group, want = baselines.Variant({}, c), ham.Group({}), 0.0
-    for i in range(4):
-        b, a = factors()
-        method.join(group, i, {"x": (b, a)}, alpha=1.0)
-        want = want + 0.3 * (b @ a)
+        want = 0.7 * settings.get("share", min(i + 1, 3) / (i + 1)) * (b @ a) + 1.5 * want
         torch.testing.assert_close(ham.dense(group.delta_w["x"]), want)
 
 

@@ -67,13 +67,8 @@ def results(run, out):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        folder / "counted.py",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*torchrun, folder / "counted.py"]
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +86,7 @@ def test_two_processes_end_as_one_and_each_passes_half_of_the_images(folder, in_
         assert a["alpha"] == pytest.approx(b["alpha"], rel=1e-3)
         assert a["group"] == b["group"]  # at τ = 1 each opens its own: no near tie decides
     assert r["final_accuracy"] == pytest.approx(one["final_accuracy"], abs=3)
-    train, test = (
-        5 * 100,
-        sum(2 * sum(34 if t == 0 else 33 for t in range(k + 1)) for k in range(3)),
-    )
+    train, test = 5 * 100, 2 * (34 + (34 + 33) + (34 + 33 + 33))
     assert sum(map(sum, seen)) == 3 * train + test  # head, one epoch, class means; test images
     assert abs(sum(seen[0]) - sum(seen[1])) < 0.03 * sum(seen[0])
 
@@ -127,16 +119,12 @@ def test_shares_and_their_sum_are_the_whole_batch(tmp_path):
             patch.setattr(dist, "get_world_size", lambda count=count: count)
             rows = range(n)[parallel.own(n)]
             assert (rows[0], rows[-1] + 1) == want
-
-            class Ctx: ...
-
             if n < count:  # all pass all: a third each of the gradient
                 gradient = torch.ones(n, 3)
-                ctx = Ctx()
+                ctx = types.SimpleNamespace()
                 torch.testing.assert_close(parallel.Gathered.forward(ctx, gradient, n), gradient)
-                torch.testing.assert_close(
-                    parallel.Gathered.backward(ctx, gradient)[0], gradient / count
-                )
+                got, *_ = parallel.Gathered.backward(ctx, gradient)
+                torch.testing.assert_close(got, gradient / count)
 
 
 def test_a_penalty_is_refused(monkeypatch):
@@ -149,11 +137,6 @@ def test_a_penalty_is_refused(monkeypatch):
 
 
 def test_without_torchrun_it_says_so():
-    done = subprocess.run(
-        [sys.executable, "-m", "extras.parallel"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, how = [sys.executable, "-m", "extras.parallel"], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, check=False, **how)
     assert done.returncode == 1 and "torchrun --nproc-per-node" in done.stderr
