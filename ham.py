@@ -618,7 +618,7 @@ def load_data(config, vit):
         if name in FACTS and found != FACTS[name][1:]:
             raise ValueError(f"{found} training and test images instead of {FACTS[name][1:]}")
         if 2 * config.tasks > len(names):
-            raise ValueError(f"--tasks {config.tasks}: each needs 2 classes, found {len(names)}")
+            raise ValueError(f"--tasks {config.tasks}: each needs 2 of the {len(names)} classes")
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
@@ -627,7 +627,7 @@ def load_data(config, vit):
         if config.validate:  # the last 10 %, at least 3
             train, test = np.split(train, [-max(3, len(train) // 10)])
         if not len(train) or not len(test):
-            raise InputError(f"{names[label]} needs images: {len(train)} train, {len(test)} test")
+            raise InputError(f"{names[label]} needs images in both, train and test, named alike")
         chosen["train"].append(train[: config.images_per_class])
         chosen["test"].append(test[: config.test_images_per_class])
     for part, rows in chosen.items():
@@ -714,7 +714,8 @@ def decode(images, cfg):
 
 def build_vit(config):
     """timm's ViT with its weights and no head, frozen: images -> features (N, D)."""
-    cure = f"check --model (a ViT?), --weights (its own? an LFS pointer?), --device {config.device}"
+    source = "its own? an LFS pointer?" if config.weights else "a file, where there is no network"
+    cure = f"check --model (a ViT?), --weights ({source}), --device {config.device}"
     with input_error(f"{config.model}, {config.weights or 'from the Hub'}", cure):
         how = {"pretrained": not config.weights, "img_size": config.img_size}
         vit = timm.create_model(config.model, **how)
@@ -738,12 +739,12 @@ def build_vit(config):
 
 def lora_layers(vit, layers):
     """The frozen weights that carry LoRA. layers: "qkv,proj" -> dict layer: W0 (d, k), a view"""
-    wanted, linear = set(layers.split(",")), torch.nn.Linear
-    named = [(k, x) for k, x in vit.named_modules() if k.split(".")[-1] in wanted]
-    found = {f"{k}.weight": x.weight.detach() for k, x in named if isinstance(x, linear)}
-    if {k.split(".")[-2] for k in found} != wanted:
-        raise InputError(f"--layers {layers}: not in this model; a ViT has qkv,proj,fc1,fc2")
-    return found
+    linear = {k: x for k, x in vit.named_modules() if isinstance(x, torch.nn.Linear)}
+    names, wanted = {k.split(".")[-1] for k in linear}, set(layers.split(","))
+    if not wanted <= names:
+        raise InputError(f"--layers {layers}: this model's are {','.join(sorted(names))}")
+    found = [(k, x) for k, x in linear.items() if k.split(".")[-1] in wanted]
+    return {f"{k}.weight": x.weight.detach() for k, x in found}
 
 
 # ---------------------------------------------------------------------- Settings and command line
@@ -805,7 +806,7 @@ def resolve(config):
         if choices and value not in choices:
             raise InputError(f"{flag}: must be one of {', '.join(choices)}")
         if f.type in (int, float) and not above < value <= most:
-            raise InputError(f"{flag}: must be above {above} and at most {most}")
+            raise InputError(f"{flag}: must be in ({above}, {most}]")
     first = "cuda" if torch.cuda.is_available() else "cpu"
     c["device"] = (c["device"] or first).replace("cpu:0", "cpu")  # torch.load knows no cpu:0
     native = (getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile"))

@@ -579,7 +579,7 @@ def test_class_order_is_the_public_one(folder, tmp_path):
 def test_tasks_share_out_the_classes_and_need_two_each(folder, tmp_path):
     assert [*map(len, loaded(folder, tmp_path, tasks=1).tasks)] == [6]
     assert loaded(folder, tmp_path, tasks=3).tasks == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ham.InputError, match="--tasks 4: each needs 2 classes, found 6"):
+    with pytest.raises(ham.InputError, match="--tasks 4: each needs 2 of the 6 classes"):
         loaded(folder, tmp_path, tasks=4)
 
 
@@ -1317,14 +1317,14 @@ def test_settings_from_python(folder, tmp_path):
 
 POSITIVE = "tasks images-per-class test-images-per-class img-size rank g-max epochs batch-size"
 BAD = [
-    (f"--{flag} {value}", f"--{flag} {value}: must be above 0")
+    (f"--{flag} {value}", f"--{flag} {value}: must be in (0, ")
     for flag in POSITIVE.split()
     for value in (0, -3)
 ]
 BAD += [(f"--{flag} 1.5", "invalid int value: '1.5'") for flag in POSITIVE.split()]
 RATES = "lr lr-alpha lr-head rho"
 BAD += [
-    (f"--{flag} {value}", f"--{flag} {value}: must be above 0")
+    (f"--{flag} {value}", f"--{flag} {value}: must be in (0, ")
     for flag in RATES.split()
     for value in (0.0, -0.1, "nan")
 ]
@@ -1337,9 +1337,9 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
     ("arguments", "says"),
     [
         *BAD,
-        ("--rho 1.1", "--rho 1.1: must be above 0 and at most 1"),
-        (f"--seed {2**32}", "must be above -1"),
-        ("--seed -1", "--seed -1: must be above -1"),
+        ("--rho 1.1", r"--rho 1.1: must be in (0, 1]"),
+        (f"--seed {2**32}", "must be in (-1, "),
+        ("--seed -1", "--seed -1: must be in (-1, "),
         ("--tsks 3", "unrecognized arguments: --tsks 3"),
         ("--task 3", "unrecognized arguments: --task 3"),
         ("--tasks", "expected one argument"),
@@ -1349,12 +1349,12 @@ BAD += [(f"--{flag} nothing", f"--{flag} nothing: must be one of") for flag in C
         ("--dataset cifar100 --model vit_base_patch16_224.nope", "nope"),
         ("--dataset cifar100 --model resnet18 --weights x", "check --model"),
         ("--weights nowhere", "nowhere"),
-        ("--layers qkv,foo", "qkv,proj,fc1,fc2"),
-        ("--layers ,", "qkv,proj,fc1,fc2"),
+        ("--layers qkv,foo", "fc1,fc2,proj,qkv"),
+        ("--layers ,", "fc1,fc2,proj,qkv"),
         ("--img-size 33", "33"),
         ("--device quantum", "quantum"),
         ("--device cuda:77", "cuda:77"),
-        ("--tasks 4 --method frozen", "each needs 2 classes, found 6"),
+        ("--tasks 4 --method frozen", "each needs 2 of the 6 classes"),
         ("--dataset demo --weights x", "the demo has drawings and a model of its own"),
         ("--dataset demo --model test_vit", "the demo has drawings and a model of its own"),
         (f"--dataset {ROOT / 'extras'}", "known are demo, cifar100, "),
@@ -1423,7 +1423,7 @@ def test_unreadable_images_are_named(folder, tmp_path):
     with pytest.raises(ham.InputError, match=r"2 images cannot be read: .*x\.png"):
         ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
     (bad / "test" / "b").rename(bad / "test" / "c")
-    with pytest.raises(ham.InputError, match=r"^[bc] needs images: . train, . test$"):
+    with pytest.raises(ham.InputError, match=r"^[bc] needs images in both"):
         ham.run(config(folder, tmp_path, dataset=str(bad), tasks=1))
 
 
@@ -1493,7 +1493,7 @@ def test_a_model_that_cannot_be_saved_or_adapted_is_refused_untrained(
     )
     c = config(folder, tmp_path / "out", model=model, weights=None)
     c = dataclasses.replace(c, img_size=None if model == "resnet18" else 32)
-    with pytest.raises(ham.InputError, match="one linear layer|not in this model"):
+    with pytest.raises(ham.InputError, match="one linear layer|this model's are"):
         ham.run(c)
     assert not list(tmp_path.rglob("state.pt"))
 
