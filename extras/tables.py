@@ -148,11 +148,11 @@ def builds_of(found):
     first, group = first.where(loss.notna(), build), build
     for _ in build.unique():  # as long as a chain of builds can be
         group = group.groupby(first).transform("min").groupby(build).transform("min")
-    names = {}
-    for letter, part in zip(string.ascii_uppercase, group.value_counts().index):
-        for i, one in enumerate(build[group == part].value_counts().index, 1):
-            names[one] = f"{letter}{i}"
-    return build.map(names)
+    often = lambda names: sorted(names.unique(), key=lambda x: (-(names == x).sum(), x))
+    named = {}
+    for letter, part in zip(string.ascii_uppercase, often(group)):
+        named |= {x: f"{letter}{i}" for i, x in enumerate(often(build[group == part]), 1)}
+    return build.map(named)
 
 
 # ------------------------------------------------------------------------------------------- Cells
@@ -244,10 +244,9 @@ def headline(results=RESULTS):
     """Final accuracy of HAM and its controls: mean [95 % interval] (seeds)."""
 
     def interval(x):
-        mean, width, n = x.mean(), half(x), x.count()
-        return f"{mean:.1f} [{mean - width:.1f}, {mean + width:.1f}] ({n})".replace(
-            " [nan, nan]", ""
-        )
+        low, high = x.mean() - half(x), x.mean() + half(x)
+        text = f"{x.mean():.1f} [{low:.1f}, {high:.1f}] ({x.count()})"
+        return text.replace(" [nan, nan]", "")
 
     table = by_seed(runs(results, [*HEADLINE])).agg(interval).unstack()
     table = table.reindex(CONTROLS, columns=HEADLINE).astype(object).fillna("–")
