@@ -176,6 +176,11 @@ def test_sentences_that_no_table_has():
         if run["name"] in ("share", "fp32") and run["config"]["seed"] == 1993
     }
     assert 0 < end[None] - end[0.7] < 1 and 1.7 < end[None] - end[0.3] < 2
+    cub = [run for run in held_out if run["settings"]["dataset"] == "cub200"]
+    for method, lr, want in ("treelora", 1e-3, 55.5), ("sequential", 1e-4, 55.2):
+        own = [run for run in cub if run["settings"].get("method") == method]
+        own = {r["settings"]["lr"]: r["class-mean"][1] for r in own if "code_change" not in r}
+        assert own[lr] == pytest.approx(want, abs=0.0501), method
     few, name = "CIFAR-100, 50 per class, T = 20", "CIFAR-100, 50 per class, GPU, T = 20"
     cpu, gpu = runs(few, "ham"), runs(name, "ham")
     assert len(gpu) == 5 and all(abs(measured(gpu[s])[0] - measured(cpu[s])[0]) < 0.3 for s in gpu)
