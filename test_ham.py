@@ -1415,6 +1415,16 @@ def test_weights_without_or_with_another_head_are_the_same(folder, tmp_path):
         assert all(torch.equal(x, plain[k]) for k, x in ham.build_vit(c).state_dict().items())
 
 
+def test_without_network_the_cure_is_a_file_of_weights(folder, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    for weights, says in ((None, "a file, where there is no network"), ("x.pth", "its own")):
+        with pytest.raises(ham.InputError, match=says):
+            ham.run(config(folder, tmp_path, weights=weights))
+
+
 def test_unreadable_images_are_named(folder, tmp_path):
     bad = tmp_path / "bad"
     for part, label in itertools.product(("train", "test"), "ab"):
