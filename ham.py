@@ -696,9 +696,6 @@ def decode(images, cfg):
             image.getexif()  # keeps the orientation; exif_transpose fails on other, malformed tags
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)  # as a viewer would show it
-            if image.has_transparency_data:  # on white
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
             pixels[i] = torch.as_tensor(transform(image.convert("RGB")))
         except Exception as error:  # noqa: BLE001 PIL has many
             return f"{images[i]} ({error})"

@@ -913,21 +913,6 @@ def test_odd_image_files(tmp_path):
     assert torch.equal(ham.decode([tmp_path / "torn.jpg"], cfg)[0].float(), turned)
 
 
-def test_what_is_transparent_lies_on_white(tmp_path):
-    """Black all over, to be seen in the upper half only."""
-    ink = np.zeros((32, 32, 4), np.uint8)
-    ink[:16, :, 3] = 255
-    image, palette = Image.fromarray(ink), Image.new("P", (32, 32))
-    palette.putpalette([0, 0, 0, 0, 0, 0])
-    palette.paste(1, (0, 0, 32, 16))
-    image.save(tmp_path / "rgba.png")
-    image.convert("LA").save(tmp_path / "la.png")
-    palette.save(tmp_path / "p.gif", transparency=0)
-    files = [tmp_path / name for name in ("rgba.png", "la.png", "p.gif")]
-    for got in ham.decode(files, {"input_size": (3, 32, 32), "crop_pct": 1.0}):
-        assert (got[:, :16] == 0).all() and (got[:, 16:] == 255).all()
-
-
 def test_images_that_cannot_be_read_are_refused_up_to_three_by_name(tmp_path):
     Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(tmp_path / "deep.tif")
