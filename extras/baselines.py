@@ -7,6 +7,7 @@ onward    HAM, but a group is one adapter of fixed rank, from which its next tas
 sd_lora   after SD-LoRA (ICLR 2025): one fixed direction per task, all magnitudes learnt
 o_lora    after O-LoRA (EMNLP 2023): a new subspace per task, orthogonal to the earlier ones
 ewc       elastic weight consolidation (PNAS 2017, one penalty for all tasks) on one LoRA's factors
+ewc_lora  after EWC-LoRA (ICLR 2026): the same on the product ΔW of a new adapter for each task
 first     first-session adaptation: an adapter for task 1, then only class means (APER, RanPAC)
 treelora  TreeLoRA (arXiv 2506.10355): one LoRA, drawn to what it was after a similar earlier task
 safm      Sparse Adapter Fusion (arXiv 2602.02502): each block reuses, adds or leaves out an adapter
@@ -196,7 +197,7 @@ class EWC(ham.Sequential):
     """loss + λ/2 Σ F (θ - θ*)²; θ* the factors after the last task, F summed over all earlier ones.
 
     F: mean squared gradient of the batches' mean losses while a task was trained (our choice). Of A
-    and B, entry by entry; EWC-LoRA (arXiv 2602.17559) takes that of ΔW and finds it better: not here.
+    and B, entry by entry.
     """
 
     fisher = 0.0  # before the first task
@@ -224,6 +225,50 @@ class EWC(ham.Sequential):
     def restore(self, state):
         super().restore(state)
         self.fisher = state["fisher"]
+
+
+class Watched(ham.Trainable):
+    """Adds up the squared gradients of the loss by W, of every backward pass."""
+
+    def weights(self, w0):
+        weights, self.squares = super().weights(w0), getattr(self, "squares", {})
+
+        def add(name, gradient):
+            self.squares[name] = self.squares.get(name, 0.0) + gradient**2
+
+        for name, w in weights.items():
+            w.register_hook(functools.partial(add, name))
+        return weights
+
+
+class EWCLoRA(EWC):
+    """loss + λ/2 Σ F ΔW_i²; a new adapter for each task, then added to W0; F of W, not of A and B.
+
+    EWC-LoRA (arXiv 2602.17559, its public code), but for: F, there from one more pass over a learnt
+    task's images; λ = 1e7, searched here; LoRA on k and v only, r = 10, 20 epochs, a linear head.
+    """
+
+    def start(self):
+        self.steps = 0
+        return Watched(self.w0, self.groups, self.config)
+
+    def penalty(self, trained, loss):
+        """Of the factors, past W: W's gradient is the loss's alone."""
+        self.steps += 1
+        if not self.groups:
+            return torch.zeros_like(loss)
+        moved = {name: ham.dense(x) ** 2 for name, x in trained.adapter.items()}
+        return self.config.penalty / 2 * sum((self.fisher[x] * moved[x]).sum() for x in moved)
+
+    def finish(self, task, trained):
+        before = self.fisher or dict.fromkeys(self.w0, 0.0)
+        self.fisher = {x: before[x] + trained.squares[x] / self.steps for x in before}
+        groups = [ham.Group(trained.detached()), *self.groups]  # the task's, and what was added
+        for x in self.w0:
+            updates = [group.delta_w[x] for group in groups]
+            groups[0].delta_w[x] = ham.merge(updates, [1.0] * len(updates))
+        self.groups = groups[:1]
+        return {}
 
 
 # ----------------------------------------------------------------------------------------- TreeLoRA
@@ -630,9 +675,9 @@ def logits_safm(under, rows, tasks):
 # --------------------------------------------------------------------------- Settings, command line
 
 METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoRA, "ewc": EWC}
-METHODS |= {"first": First, "onward": Onward}
+METHODS |= {"ewc_lora": EWCLoRA, "first": First, "onward": Onward}
 # λ, the best of those tried on held-out images; safm's from its paper's range.
-PENALTY = {"treelora": 0.003, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4}
+PENALTY = {"treelora": 0.003, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4, "ewc_lora": 1e4}
 # c of ham.learning_rate's law, from what was tried on held-out images (results/all.md).
 LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
@@ -649,7 +694,7 @@ class Config(ham.Config):
     """ham.py's settings, other methods, and what only experiments need."""
 
     method: Literal[(*METHODS, *ham.METHODS)] = "ham"  # a method of this file or of ham.py
-    penalty: float = None  # weight of the penalty of treelora, safm, o_lora or ewc; default: chosen
+    penalty: float = None  # weight of the method's penalty, where it has one; default: chosen
     grouping: Literal[GROUPINGS] = "cosine"  # ham: the group to join; random also onward, treelora
     gain: float = None  # ham: a newcomer's 1 / (n + 1) becomes min(n + 1, gain) / (n + 1)
     share: float = None  # ham: a newcomer's 1 / (n + 1) becomes this

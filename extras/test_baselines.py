@@ -90,6 +90,7 @@ def test_each_method_from_the_command_line_to_its_results(method, config, tmp_pa
     trained = results["tasks"][: 1 if method == "first" else 3]
     assert all(0 < record["loss"] < math.inf for record in trained)
     stored = {"treelora": 4 * QKV, "ewc": 2 * QKV, "sd_lora": 3 * QKV, "o_lora": 3 * QKV}
+    stored |= {"ewc_lora": 3 * QKV + 6 * 3 * D * D}  # three adapters' factors, F of W
     stored |= {"first": QKV, "onward": 3 * QKV + 3 * D}
     if method in stored:
         assert results["parameters_stored"] == CLASSES * D + stored[method]
@@ -202,11 +203,16 @@ def test_each_committed_run_has_the_configuration_that_its_flags_resolve_to(monk
         assert new == {k: old[k] for k in new}, name
 
 
-@pytest.mark.parametrize("method", ["treelora", "ewc"])
-def test_without_its_penalty_it_is_sequential_and_with_it_not(method, config, tmp_path):
+SUM = {"g_max": 1, "tau": -1, "rho": 1, "merge": "sum", "train_alpha": False}
+PLAIN = {"treelora": {"method": "sequential"}, "ewc": {"method": "sequential"}}
+PLAIN |= {"ewc_lora": {"method": "ham"} | SUM}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_without_its_penalty_it_is_a_plain_method_and_with_it_not(method, config, tmp_path):
     runs = []
-    for kind, name in (("sequential", None), (method, "without"), (method, "with")):
-        c = config(method=kind, name=name, lr=1e-3, out=str(tmp_path))
+    for kind, name in ((PLAIN[method], None), ({}, "without"), ({}, "with")):
+        c = config(**{"method": method} | kind, name=name, lr=1e-3, out=str(tmp_path))
         vit, m, data, loss = baselines.prepare(c)
         if name == "without":
             m.config = dataclasses.replace(m.config, penalty=0.0)
@@ -258,7 +264,7 @@ def test_gain_and_a_constant_share_by_hand(settings):
         torch.testing.assert_close(ham.dense(group.delta_w["x"]), want)
 
 
-def test_ewc_and_o_lora_penalties_by_hand():
+def test_ewc_ewc_lora_and_o_lora_penalties_by_hand():
     p, method = trainable(*factors()), baselines.EWC({}, plain(penalty=3.0))
     b, a = p.adapter["x"]
     method.before, method.squares, method.steps = baselines.vector((b, a)).detach(), 0.0, 0
@@ -272,6 +278,22 @@ def test_ewc_and_o_lora_penalties_by_hand():
         a -= 0.1
     got = method.penalty(p, (b @ a).sum()).item()
     assert got == pytest.approx(1.5 * (2 * 6 * 0.25 + 5 * 8 * 0.01), rel=1e-4)
+
+    w0, settings = {"x": torch.randn(3, 4)}, plain(penalty=3.0, train_alpha=False)
+    method, by = baselines.EWCLoRA(w0, settings), torch.randn(3, 4)
+    for i in range(2):  # of the product, summed over tasks
+        q = method.start()
+        with torch.no_grad():
+            q.adapter["x"][0].fill_(0.1)
+        product = ham.dense(q.adapter["x"]).detach()
+        loss = (q.weights(w0)["x"] * by).sum()
+        penalty = method.penalty(q, loss)
+        (loss + penalty).backward()
+        want = 1.5 * i * (by * product).square().sum().item()
+        assert penalty.item() == pytest.approx(want, rel=1e-4)
+        method.finish(i, q)
+        torch.testing.assert_close(method.fisher["x"], (i + 1) * by.square())
+        torch.testing.assert_close(method.folded()["x"], w0["x"] + (i + 1) * product)
 
     method, old = baselines.OLoRA({}, plain(penalty=0.5)), torch.randn(6, 4)
     method.groups = [ham.Group({"x": (None, part)}) for part in (old[:2], old[2:])]
@@ -292,7 +314,7 @@ def test_first_moves_nothing_after_the_first_task(config, tmp_path):
         assert not torch.equal(w, w0[name]) and not again.w0
 
 
-@pytest.mark.parametrize("method", ["treelora", "ewc", "safm", "first"])
+@pytest.mark.parametrize("method", ["treelora", "ewc_lora", "safm", "first"])
 def test_a_stopped_run_goes_on_to_the_same_figures(method, config, tmp_path, monkeypatch, capsys):
     def figures(name):
         r = baselines.run(config(method=method, name=name, epochs=3, out=str(tmp_path)))
