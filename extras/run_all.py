@@ -46,7 +46,7 @@ def add(data, tasks, methods, flags="", name="", seeds=SEEDS, px=160, lr=None):
 
 ONE, FIVE = SEEDS[:1], (*SEEDS, *MORE)  # where a method has one seed it is 1993
 FIXED = "frozen joint"
-OTHERS = "treelora safm sd_lora o_lora ewc first onward"
+OTHERS = "treelora safm sd_lora o_lora ewc ewc_lora first onward"
 TEST = "--test-images-per-class 50"
 I50, I250 = f"--images-per-class 50 {TEST}", f"--images-per-class 250 {TEST}"
 
@@ -57,7 +57,7 @@ add("cifar100", 20, FIXED, "", "all", ONE)
 add("cifar100", 20, "ham", "--group-rank 8", "all-R8")
 for tasks in (50, 10):
     add("cifar100", tasks, "ham sequential average", "", "all")
-add("cifar100", 20, "o_lora ewc treelora safm", "", "all", ONE)
+add("cifar100", 20, "o_lora ewc ewc_lora treelora safm", "", "all", ONE)
 add("cifar100", 20, "ham sequential", "", "224px", ONE, px=224)
 add("cifar100", 20, "ham", "", "160px", ONE)  # as `all`, on another machine
 
@@ -81,7 +81,7 @@ for part, flags in GROUPINGS.items():
 add("cifar100", 20, "onward", f"{I50} --grouping random", "i50-gpu-random", FIVE)
 add("cifar100", 20, "treelora", I50, "i50-gpu")
 add("cifar100", 20, "treelora", f"{I50} --grouping random", "i50-gpu-random")
-add("cifar100", 20, "o_lora ewc sd_lora safm first", I50, "i50-gpu")
+add("cifar100", 20, "ewc_lora o_lora ewc sd_lora safm first", I50, "i50-gpu")
 add("cifar100", 20, "ham", f"{I50} --precision fp32", "i50-gpu-fp32", ONE)
 
 # 3. CIFAR-100, 50 per class, and many; CUB-200, all images: on CPUs. Learning rates from before

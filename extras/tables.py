@@ -23,7 +23,7 @@ from extras import figures
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CONTROLS = ["ham", "sequential", "average", "frozen", "joint"]
-OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc", "onward"]
+OTHERS = ["first", "treelora", "safm", "sd_lora", "o_lora", "ewc", "ewc_lora", "onward"]
 METHODS = CONTROLS + OTHERS
 RANKS = {  # row: method, what is added to the setting's --name
     "ham, R = 8": ("ham", "R8"),
