@@ -244,8 +244,9 @@ class Watched(ham.Trainable):
 class EWCLoRA(EWC):
     """loss + λ/2 Σ F ΔW_i²; a new adapter for each task, then added to W0; F of W, not of A and B.
 
-    EWC-LoRA (arXiv 2602.17559, its public code), but for: F, there from one more pass over a learnt
-    task's images; λ = 1e7, searched here; LoRA on k and v only, r = 10, 20 epochs, a linear head.
+    EWC-LoRA (arXiv 2602.17559), by its abstract and public code. There F is from one more pass over
+    a learnt task's images; λ is 1e7, here searched; A's and B's are added up apart, which is another
+    matrix than the one learnt; LoRA on k and v, r = 10; 20 epochs, batch 128, linear heads.
     """
 
     def start(self):
