@@ -678,7 +678,7 @@ def logits_safm(under, rows, tasks):
 METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoRA, "ewc": EWC}
 METHODS |= {"ewc_lora": EWCLoRA, "first": First, "onward": Onward}
 # λ, the best of those tried on held-out images; safm's from its paper's range.
-PENALTY = {"treelora": 0.003, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4, "ewc_lora": 1e4}
+PENALTY = {"treelora": 0.003, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4, "ewc_lora": 1e3}
 # c of ham.learning_rate's law, from what was tried on held-out images (results/all.md).
 LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
