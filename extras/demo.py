@@ -123,6 +123,7 @@ def made(config):
 
 def main(run, config):
     """HAM beside one LoRA trained on and on and no training at all, or another method. run: ham.run"""
+    torch.set_num_threads(1)  # as fast for so small a model; more crawl where others run, too
     methods = ["frozen", "sequential", "ham"] if config.method == "ham" else [config.method]
     results = {m: run(made(dataclasses.replace(config, method=m))) for m in methods}
     columns = "final_accuracy", "forgetting", "learning_accuracy"
