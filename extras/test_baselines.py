@@ -314,7 +314,7 @@ def test_first_moves_nothing_after_the_first_task(config, tmp_path):
         assert not torch.equal(w, w0[name]) and not again.w0
 
 
-@pytest.mark.parametrize("method", ["treelora", "ewc_lora", "safm", "first"])
+@pytest.mark.parametrize("method", ["treelora", "ewc", "ewc_lora", "safm", "first"])
 def test_a_stopped_run_goes_on_to_the_same_figures(method, config, tmp_path, monkeypatch, capsys):
     def figures(name):
         r = baselines.run(config(method=method, name=name, epochs=3, out=str(tmp_path)))
