@@ -127,8 +127,8 @@ def assign_group(similarities, tau, g_max):
 def prune(x, rho):
     """(3) Keep the round(ρ n) >= 1 entries of largest magnitude, zero the others.
 
-    x: any shape, n entries -> same shape. Pruning: abstract; by magnitude, and of A and B each by
-    itself, so that groups stay factors: our choice.
+    x: any shape, n entries; 0 < rho <= 1 -> same shape. Pruning: abstract; by magnitude, and of A
+    and B each by itself, so that groups stay factors: our choice.
     """
     keep = max(1, round(rho * x.numel()))
     kept = x.abs().flatten().topk(keep, sorted=False).indices
@@ -154,7 +154,7 @@ def merge(updates, scales, rank=None):
 
     updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a), without rank only
     while smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
-    rank: to which factors are cut back, so that a group does not grow (`truncate`; our choice).
+    rank: to which factors, not dense updates, are cut back, for a group not to grow (our choice).
     """
     if not all(isinstance(update, tuple) for update in updates):
         return sum(s * dense(update) for s, update in zip(scales, updates, strict=True))
@@ -165,7 +165,7 @@ def merge(updates, scales, rank=None):
 
 
 def truncate(b, a, rank):
-    """The matrix of a given rank nearest to B A. b (d, n), a (n, k) -> (d, rank), (rank, k)
+    """The matrix of this rank nearest to B A. b (d, n), a (n, k), n >= rank -> (d, rank), (rank, k)
 
     In Frobenius norm off by √(Σ σ²) of the singular values σ dropped, the least there is. With
     B = Q U and Aᵀ = P V only the core U Vᵀ, at most (n, n), is decomposed, never a (d, k) matrix.
@@ -214,8 +214,10 @@ class Trainable:
     def begin(self, features, labels, classes, config, steps):
         """Set `classes` and `head`. features (n, D), labels (n,), steps -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Plain means (ours): `class_means`' rows of length 1 would turn too far at this rate.
+        # Plain means (ours): unit rows, as of `class_means`, would turn too far at this rate.
         self.head = torch.stack([features[labels == c].mean(0) for c in classes]).requires_grad_()
+        if not self.head.isfinite().all():
+            raise InputError(f"{classes}: a class without labels, or features that are not finite")
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
         lr = config.lr or learning_rate(config.method, config.epochs * len(labels))
@@ -286,7 +288,7 @@ class HAM:
 
 
 class Sequential(HAM):
-    """One LoRA trained task after task, α = 1. With all classes as one task it is `joint`."""
+    """One LoRA trained task after task, α = 1 by METHODS; `joint`: all classes as one task."""
 
     def start(self):
         """The adapter that the task before left, on the bare model."""
@@ -299,7 +301,7 @@ class Sequential(HAM):
 
 
 class Average(HAM):
-    """The mean of adapters trained separately: one group, α = 1, nothing pruned or cut back."""
+    """The mean of adapters trained separately: by METHODS one group, α = 1, nothing pruned."""
 
     def start(self):
         """A new adapter on the bare model."""
@@ -339,7 +341,7 @@ def cosine_logits(features, class_rows):
 
 def task_loss(trained, features, labels):
     """Cross-entropy over the task's classes (ours). features (n, D), labels (n,), of these -> ()"""
-    targets = (labels[:, None] == trained.classes).int().argmax(1)
+    targets = (labels[:, None] != trained.classes).cumprod(1).sum(1)  # of other labels: C, refused
     return F.cross_entropy(LOGIT_SCALE * cosine_logits(features, trained.head), targets)
 
 
@@ -388,13 +390,13 @@ def extract(vit, weights, data, part, classes, config):
 
 
 def accuracies(logits, labels, tasks):
-    """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: ranges of classes"""
+    """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: rising ranges"""
     right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()  # some devices lack fp64
     return [100 * right[(labels >= t[0]) & (labels <= t[-1])].double().mean().item() for t in tasks]
 
 
 def measures(matrix, sizes):
-    """What an accuracy matrix says; per cent, unrounded. sizes: test images per task"""
+    """What an accuracy matrix says, per cent; t + 1 cells in row t. sizes: test images per task"""
     so_far = [sum(x * n for x, n in zip(row, sizes)) / sum(sizes[: len(row)]) for row in matrix]
     last, old = matrix[-1], range(len(matrix) - 1)  # a[T]; all tasks before T
     forgetting = [max(row[j] for row in matrix[j:-1]) - last[j] for j in old]
@@ -472,10 +474,9 @@ def learn(vit, method, data, loss=task_loss):
 
 def open_run(vit, method, data):
     """The run's folder and state: new, or a stopped or complete run's, to which `method` is set."""
-    config, results = method.config, about(vit, method.config, data)
-    parts = [Path(config.dataset).name, f"T{config.tasks}", config.method, config.name]
-    name = "-".join(filter(None, [*parts, f"s{config.seed}"]))
-    folder = Path(config.out) / re.sub(r"[/\\]", "-", name)
+    c, results = method.config, about(vit, method.config, data)
+    parts = Path(c.dataset).absolute().name, f"T{c.tasks}", c.method, c.name, f"s{c.seed}"
+    folder = Path(c.out) / re.sub(r"[/\\]", "-", "-".join(filter(None, parts)))
     zeros = torch.zeros(len(data.names), vit.num_features, device=data.device)
     state = {"results": results, "class_rows": {"class-mean": zeros, "head": zeros.clone()}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -485,14 +486,15 @@ def open_run(vit, method, data):
         elif (folder / "state.pt").is_file():
             state = torch.load(folder / "state.pt", data.device, weights_only=True)
             method.restore(state["method"])
-        old, new = (asdict(type(config)()) | x["config"] for x in (state["results"], results))
-    free = {"out", "data_dir", "device", "dataset", "weights"}  # of the last two digests tell
+        old, new = (asdict(type(c)()) | x["config"] for x in (state["results"], results))
+    free = {"out", "data_dir", "device", "dataset", "weights"}  # dataset, weights: by sha256
     other = sorted(f"{k} ({old.get(k)})" for k in {*old, *new} - free if old.get(k) != new.get(k))
     if other:
         raise InputError(f"{folder} holds a run with other {', '.join(other)}: choose a --name")
-    cfg, done = data.cfg, f"{len(state['results']['tasks'])} of {config.tasks} tasks learnt"
+    cfg, done = data.cfg, f"{len(state['results']['tasks'])} of {c.tasks} tasks learnt"
+    train, test = (f"{sum(data.sizes(part))} {part}" for part in ("train", "test"))
     print(f"{new['model']} at {new['img_size']} px, mean {cfg['mean']}, std {cfg['std']}")
-    print(f"{folder}: lr {config.lr}, {config.precision}, {done}", flush=True)
+    print(f"{folder}: {train} and {test} images, lr {c.lr}, {c.precision}, {done}", flush=True)
     return folder, state
 
 
@@ -552,7 +554,7 @@ def write(file, dump):
 
 
 # -------------------------------------------------------------------------------------------- Data
-# Images are decoded into memory at the start, those of SMALL as they are; all else is batched.
+# All images are decoded into memory at the start: SMALL's at their own size, others at the model's.
 
 ARCHIVES = {
     "cifar100": CIFAR100.url,
@@ -593,7 +595,7 @@ class Data:
     def prepare(self, pixels, flip=None):
         """Resize, flip and normalise. (n, 3, H, W) uint8, flip (n,) bool -> (n, 3, S, S) float"""
         x, side = pixels.to(self.device).float(), self.cfg["input_size"][-1]
-        if x.shape[-1] != side:  # timm's test transform, batched; PIL rounds after each axis
+        if x.shape[2:] != (side, side):  # timm's test transform; PIL rounds after each axis
             # antialias, though it enlarges: it selects PIL's cubic kernel (a = -0.5)
             for size in ((x.shape[-2], side), (side, side)):  # the width, then the height
                 x = F.interpolate(x, size, mode=self.cfg["interpolation"], antialias=True)
@@ -607,7 +609,7 @@ class Data:
 def load_data(config, vit):
     """Read, order, split, cap and decode a data set. -> Data"""
     name, cfg = config.dataset, timm.data.resolve_model_data_config(vit)
-    cure = f"known are demo, {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/*"
+    cure = f"known are {', '.join(ARCHIVES)} and FOLDER/{{train,test}}/CLASS/**"
     if name in ARCHIVES:
         cure = f"put {ARCHIVES[name]} into {config.data_dir}, or move away what is wrong there"
     with input_error(f"--dataset {name}", cure):
@@ -617,8 +619,8 @@ def load_data(config, vit):
         found = (len(tests) - tests.sum().item(), tests.sum().item())
         if name in FACTS and found != FACTS[name][1:]:
             raise ValueError(f"{found} training and test images instead of {FACTS[name][1:]}")
-        if 2 * config.tasks > len(names):
-            raise ValueError(f"--tasks {config.tasks}: each needs 2 of the {len(names)} classes")
+    if config.tasks > len(names) // 2:
+        raise InputError(f"--tasks {config.tasks}: each needs 2 of the {len(names)} classes")
     order = np.random.RandomState(config.seed).permutation(len(names)).tolist()  # the field's
     order = sorted(order) if config.class_order == "natural" else order
     chosen, pixels, places = {"train": [], "test": []}, {}, {}
@@ -746,7 +748,7 @@ def lora_layers(vit, layers):
 
 # ---------------------------------------------------------------------- Settings and command line
 
-# Constant c of each method, the best on held-out images of CIFAR-100 (DeiT-Tiny, 160 px, 5 epochs);
+# Constant c of a method, searched (not joint's) on held-out CIFAR-100, DeiT-Tiny, 160 px, 5 epochs;
 # beyond 1,875 images a rate falls: more steps move features further. Elsewhere: extras/screen.py.
 LEARNING_RATE = {"ham": 1e-3, "sequential": 8e-4, "average": 1e-2, "joint": 1e-3}
 
@@ -764,7 +766,7 @@ class Config:
     tasks: int = 10  # T, number of tasks; joint has 1
     images_per_class: int = None  # first n training images of a class; default all
     test_images_per_class: int = None  # first n test images of a class; default all
-    validate: bool = False  # test on the last tenth of a class's training images
+    validate: bool = False  # test on the last tenth, at least 3, of a class's training images
     class_order: Literal["random", "natural"] = "random"  # random: by seed; natural: the data's own
     data_dir: str = "data"  # where data sets lie or are downloaded to
     model: str = "vit_base_patch16_224.augreg_in21k"  # timm ViT with its tag
@@ -773,7 +775,7 @@ class Config:
     method: Literal[tuple(METHODS)] = "ham"  # ham, or a control; the demo runs three
     rank: int = 8  # r, rank of an adapter (ours)
     layers: str = "qkv"  # layers with LoRA, any of qkv,proj,fc1,fc2 (ours)
-    tau: float = 0.1  # join only above this cosine; 1: the first g_max tasks open groups (ours)
+    tau: float = 0.1  # join above this cosine; else open a group, while fewer than g_max (ours)
     g_max: int = 5  # most groups (a limit: abstract; 5: ours)
     rho: float = 0.9  # fraction of A and of B that pruning keeps (ours)
     group_rank: int = None  # R, rank to which a group is cut at each merge; default: none (ours)
@@ -795,13 +797,14 @@ class Config:
 def resolve(config):
     """A copy with device and precision filled in; refuses values that are out of range."""
     c = vars(config).copy()
-    limits = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}
+    limits, positive = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}, (0, math.inf)
     for f in (f for f in fields(config) if c[f.name] is not None):
-        choices, (above, most) = get_args(f.type), limits.get(f.name, (0, math.inf))
-        value = c[f.name] = c[f.name] if choices else f.type(c[f.name])  # a path, numpy's numbers
-        flag = f"--{f.name.replace('_', '-')} {value}"
-        if choices and value not in choices:
-            raise InputError(f"{flag}: must be one of {', '.join(choices)}")
+        given, choices, (above, most) = c[f.name], get_args(f.type), limits.get(f.name, positive)
+        value = c[f.name] = given if choices else f.type(given)  # a path, numpy's numbers
+        flag = f"--{f.name.replace('_', '-')} {given}"
+        exact = f.type not in (int, bool) or str(value) == str(given)
+        if not exact or (choices and value not in choices):
+            raise InputError(f"{flag}: must be {' or '.join(choices) or f.type.__name__}")
         if f.type in (int, float) and not above < value <= most:
             raise InputError(f"{flag}: must be in ({above}, {most}]")
     first = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,13 +15,12 @@ more beyond an edge, a second seed for what lies within a point of the best; the
 import dataclasses
 import json
 import shlex
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import ham
-from extras import baselines
+from extras import baselines, demo
 from extras.run_all import commit
 
 
@@ -88,7 +87,11 @@ def screen(config):
 
 def recorded(config):
     """`screen`, and its line appended to --out/screening.jsonl"""
-    line, file = screen(config), Path(config.out) / "screening.jsonl"
+    file = Path(config.out) / "screening.jsonl"
+    try:
+        line = screen(config)
+    except KeyboardInterrupt:
+        raise ham.InputError(f"stopped; complete runs are in {file}, this one is lost") from None
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(line) + "\n")
@@ -134,10 +137,16 @@ def fair(config):
 
 def search(config):
     """A run for each rate, then the table and the command."""
+    if str(demo.MODEL) in config.model:
+        raise ham.InputError("the demo has rates of its own: give --dataset")
     if config.fair:
         return fair(config)
     found = {}
-    for lr in [float(x) for x in config.rates.split(",") if x] or [config.lr]:
+    try:
+        rates = [float(x) for x in config.rates.split(",") if x]
+    except ValueError as error:
+        raise ham.InputError(f"--rates {config.rates}: numbers with commas between") from error
+    for lr in rates or [config.lr]:
         line = recorded(dataclasses.replace(config, lr=lr))
         found[line["config"]["lr"]] = line
     print(f"{'rate':>9}  half-way    end  (held-out images, %)")
@@ -149,15 +158,21 @@ def search(config):
     if len(found) > 1 and best in (min(found), max(found)):
         side = "lower" if best == min(found) else "higher"
         print(f"{best:g} is at the edge of those tried: try {side} ones, too")
-    flags, words = [], iter(sys.argv[1:])
-    for word in words:
-        if word in ("--rates", "--first-tasks", "--out", "--name", "--lr"):
-            next(words)
-        else:
-            flags.append(word)
-    ours = config.method in baselines.METHODS
+    print(command(config, best))
+
+
+def command(config, lr):
+    """The command line of a run with these settings and this rate, on test images."""
+    left_out, flags = ("rates", "first_tasks", "fair", "validate", "out", "name", "lr"), []
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {k: x for k, x in settings.items() if x != getattr(Config, k) and k not in left_out}
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        yes_no = [f"--{flag}" if value else f"--no-{flag}"]
+        flags += yes_no if isinstance(value, bool) else [f"--{flag}", str(value)]
+    ours = config.method in baselines.METHODS or not given.keys() <= vars(ham.Config()).keys()
     program = "-m extras.baselines" if ours else "ham.py"
-    print(f"python {program} {shlex.join(flags)} --lr {best:g}")
+    return f"python {program} {shlex.join(flags)} --lr {lr:g} --name lr{lr:g}"
 
 
 if __name__ == "__main__":

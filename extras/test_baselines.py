@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -558,10 +559,9 @@ def test_a_search_evaluates_on_all_images_half_way_and_at_the_end(config, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["safm", "ham"])
-def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tmp_path, capsys):
+def test_a_search_of_rates_ends_with_the_command(method, config, tmp_path, capsys):
     c = config(method=method, out=str(tmp_path), tasks=4, images_per_class=2)
     given = [*command(c), "--rates", "1e-3,1e-2", "--first-tasks", "2"]
-    monkeypatch.setattr(sys, "argv", ["screen", *given])
     ham.main(given, screen.search, screen.Config)
     lines = [json.loads(x) for x in (tmp_path / "screening.jsonl").read_text().splitlines()]
     assert [x["config"]["lr"] for x in lines] == [1e-3, 1e-2] and len(list(tmp_path.iterdir())) == 1
@@ -571,9 +571,36 @@ def test_a_search_of_rates_ends_with_the_command(method, config, monkeypatch, tm
     table = capsys.readouterr().out.splitlines()[-4:]
     best = max(lines, key=lambda x: x["class-mean"][1])
     assert f"{best['class-mean'][1]:.1f}" in "".join(table) and "at the edge" in table[-2]
-    program = "-m extras.baselines" if method == "safm" else "ham.py"
-    assert table[-1].startswith(f"python {program} ")
-    assert table[-1].endswith(f"--lr {best['config']['lr']:g}") and "--rates" not in table[-1]
+    kind, program = (
+        (baselines.Config, "-m extras.baselines") if method == "safm" else (ham.Config, "ham.py")
+    )
+    lr, pasted = best["config"]["lr"], []
+    assert table[-1].startswith(f"python {program} --")
+    ham.main(shlex.split(table[-1].split(program)[1]), pasted.append, kind)
+    (run,) = pasted  # what would run if it was pasted
+    changed = {"out": "runs", "lr": lr, "name": f"lr{lr:g}"}
+    for name, value in dataclasses.asdict(run).items():
+        assert value == changed.get(name, getattr(c, name)), name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("--rates 1e-3,much --dataset x", "numbers with commas"), ("--rates 1e-3", "give --dataset")],
+)
+def test_a_search_refuses_in_one_line(given, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ham.main(given.split(), screen.search, screen.Config)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
+
+
+def test_a_search_that_is_stopped_says_what_is_kept(config, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(screen, "screen", interrupted)
+    with pytest.raises(ham.InputError, match=r"complete runs are in .*screening\.jsonl"):
+        screen.search(screen.Config(**dataclasses.asdict(config())))
 
 
 def test_a_fair_search_by_its_rule(config, monkeypatch, capsys):
