@@ -112,7 +112,7 @@ def cosine_similarity(vector, group_vectors):
 
 
 def assign_group(similarities, tau, g_max):
-    """(2) The index of the group to join, or M for a new one. Abstract; a full set: our choice."""
+    """(2) The index of the group to join, or M for a new one. Review; τ, a full set: our choice."""
     m = len(similarities)
     if m == 0 or (max(similarities) <= tau and m < g_max):
         return m

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import ham
-from extras import baselines
+from extras import baselines, demo
 from extras.run_all import commit
 
 GROUPINGS = ("adapter", "random", "random 2", "features", "gradient")
@@ -114,12 +114,14 @@ def run(config):
     every = itertools.product(
         listed(config.ranks, int), listed(config.scales, float), listed(config.by, str, GROUPINGS)
     )
-    usual = {k: getattr(Config, k) for k in ("method", "merge", "gain", "share", "grouping")}
+    usual = {"group_rank": None, "read_out": "class-mean"}  # what does nothing here
+    usual |= {k: getattr(Config, k) for k in ("method", "merge", "gain", "share", "grouping")}
+    usual |= {k: getattr(Config, k) for k in ("tau", "lr_alpha")}
     if other := [f"--{k}" for k, x in usual.items() if getattr(config, k) != x]:
         raise ham.InputError(f"{', '.join(other)}: groups are means of adapters trained alone here")
     if min(listed(config.ranks, int)) < 1:
         raise ham.InputError(f"--ranks {config.ranks}: a rank is at least 1")
-    if not config.lr or config.dataset == "demo":
+    if not config.lr or str(demo.MODEL) in config.model:
         raise ham.InputError("give --dataset and --lr: no rate was found for this")
     config = dataclasses.replace(config, merge="mean", train_alpha=False)
     vit, method, data, _ = baselines.prepare(config)
@@ -131,6 +133,7 @@ def run(config):
     key = repr({k: x for k, x in about["config"].items() if k not in free})
     file = folder / f"alone-{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
     if not file.is_file():
+        print("all tasks are trained, then written: once stopped, it starts anew", flush=True)
         trained = train(vit, data, w0, config)
         ham.write(file, lambda f: torch.save(trained, f))
     adapters, vectors = torch.load(file, config.device, weights_only=True)

@@ -134,7 +134,7 @@ class First(ham.Sequential):
 
     First-session adaptation, what APER and RanPAC build on. (APER puts the frozen features beside
     these, RanPAC a random projection behind them: left out. SimpleCIL is ham.py's `frozen`.)
-    results.json counts what a later task trains, nothing; head rows of later tasks stay 0.
+    Head rows of later tasks stay 0.
     """
 
     fixed = None  # before the first task
@@ -145,8 +145,8 @@ class First(ham.Sequential):
         return record
 
     def freeze(self):
-        """What has no layers is not trained: ham.learn and extras/screen.py go by `w0`."""
-        self.fixed, self.w0 = super().folded(), {}
+        """What has no layers is not trained: ham.learn goes by `w0`. May be called twice."""
+        self.fixed, self.w0 = self.folded(), {}
 
     def folded(self):
         return self.fixed or super().folded()
@@ -283,7 +283,9 @@ class EWCLoRA(EWC):
 #   an inner product, scaled to the loss; grows     have a unit: λ searched over decades, constant
 #   within each epoch from 0)
 # tree: halves at the median L1 distance from     the same, made anew after each task; paper: a task
-#   the node's mean; δ: that median                 is put into the nearest leaf (public: anew)
+#   the node's mean; δ: that median (public:        is put into the nearest leaf (public: anew)
+#   inner products of differences to the task
+#   before)
 # depth 5 (public: level d splits by layer d)     depth 5, by layers 0, L / 5, ... 4 L / 5 of L
 # a node can hold several tasks                   a leaf does beyond 32: their mean
 # merging leaves when storage runs out            left out
@@ -292,8 +294,8 @@ class EWCLoRA(EWC):
 #   less δ (public: leaves only, tasks drawn by     and Munos, whom it cites
 #   softmax)
 # μ̂: mean of |g - ĝ_k|₁ where k was taken         of |θ - θ_k|₁ - |θ - θ_root|₁: else when it was
-#   (public: the sum so far); begun once            matters more than which, as θ moves on; begun
-#   (Algorithm 1)                                   for each task, whose arms are others
+#   (public: g is a running sum); begun once        matters more than which, as θ moves on; begun
+#   (Algorithm 1; public: each epoch)               for each task, whose arms are others
 # sparse updates: LoRA's factors                  the same
 # LoRA depth (its Table 4): some of the layers    all --layers
 # use: the last adapter; Fig. 2 (b) puts those    the last adapter
@@ -426,11 +428,12 @@ class TreeLoRA(ham.Sequential):
         return super().finish(task, trained) | record
 
     def state(self):
-        return super().state() | {"thetas": self.thetas}
+        return super().state() | {"thetas": self.thetas[:-1]}  # the last is the group
 
     def restore(self, state):
         super().restore(state)
-        self.thetas = state["thetas"]
+        last = [[vector(ba) for ba in group.delta_w.values()] for group in self.groups]
+        self.thetas = state["thetas"] + last
 
 
 # --------------------------------------------------------------------------------------------- SAFM
@@ -679,15 +682,8 @@ METHODS = {"treelora": TreeLoRA, "safm": SAFM, "sd_lora": SDLoRA, "o_lora": OLoR
 METHODS |= {"ewc_lora": EWCLoRA, "first": First, "onward": Onward}
 # λ, the best of those tried on held-out images; safm's from its paper's range.
 PENALTY = {"treelora": 0.003, "safm": 0.1, "o_lora": 0.5, "ewc": 1e4, "ewc_lora": 1e3}
-# c of ham.learning_rate's law, from what was tried on held-out images (results/all.md).
-LEARNING_RATE = dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
-
-
-def learning_rate(method, n):
-    """Of A and B, for n training images seen per task, epoch by epoch."""
-    if method in LEARNING_RATE:
-        return LEARNING_RATE[method] * min(1.0, 1875 / n)
-    return ham.learning_rate(method, n)
+# From what was tried on held-out images (results/all.md), too.
+ham.LEARNING_RATE |= dict.fromkeys(METHODS, 1e-3) | {"ewc": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -726,6 +722,8 @@ def resolve(config):
             raise ham.InputError(f"{flag}: {method} has no such setting")
     if config.grouping in GROUPINGS[2:] and method != "ham":
         raise ham.InputError(f"--grouping {config.grouping}: {method} has cosine and random only")
+    if config.gain and config.share:
+        raise ham.InputError(f"--gain {config.gain}: not with --share")
     if (config.gain or config.share) and config.merge != "solution":
         raise ham.InputError(f"--merge {config.merge}: --gain and --share go with solution only")
     if config.superclasses:
@@ -773,7 +771,7 @@ def prepare(config):
         data = superclasses(data, config.seed)
     if config.lr is None and config.method != "frozen":
         n = config.epochs * sum(data.sizes("train")) / config.tasks
-        config = dataclasses.replace(config, lr=learning_rate(config.method, n))
+        config = dataclasses.replace(config, lr=ham.learning_rate(config.method, n))
     w0 = {} if config.method == "frozen" else ham.lora_layers(vit, config.layers)
     kind = METHODS.get(config.method) or ham.METHODS[config.method][0]
     varied = config.gain or config.share or config.grouping != "cosine"

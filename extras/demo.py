@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def drawings(folder, seed):
             Image.fromarray(image).save(file)
     with contextlib.suppress(OSError):  # another process was faster
         part.rename(folder)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def made(config):
@@ -124,7 +126,8 @@ def made(config):
 def main(run, config):
     """HAM beside one LoRA trained on and on and no training at all, or another method. run: ham.run"""
     torch.set_num_threads(1)  # as fast for so small a model; more crawl where others run, too
-    methods = ["frozen", "sequential", "ham"] if config.method == "ham" else [config.method]
+    three = config.method == "ham" and not hasattr(config, "gain")  # extras run what they are given
+    methods = ["frozen", "sequential", "ham"] if three else [config.method]
     results = {m: run(made(dataclasses.replace(config, method=m))) for m in methods}
     columns = "final_accuracy", "forgetting", "learning_accuracy"
     print(f"{'per cent':12}" + "".join(f"{c.split('_')[0]:>12}" for c in columns))

@@ -82,23 +82,25 @@ def fixed_rank(few, many):
 
 
 def stored(runs, controls):
-    """Final accuracy against the parameters kept, a panel per setting. controls: which rows are."""
+    """Final accuracy against parameters kept, a panel per setting; hollow: one seed. controls: rows"""
     settings = runs.groupby("setting", sort=False)
     fig, axes = panels(len(settings), size=(4.5 * len(settings), 4))
     for ax, (setting, own) in zip(axes, settings):
         means = own.groupby("row")
         x, y = means["parameters_stored"].mean(), means["final_accuracy"].mean()
+        seeds = means.size()
         column = (4 * np.log10(x)).round()
         left = y.index.isin(controls) | y.index.str.startswith("ham, ")
         for (_, is_left), near in y.groupby([column, left]):  # labels of neighbours, one column
             at = x[near.index].min() / 1.15 if is_left else 1.15 * x[near.index].max()
             for row, height in apart(near, 0.05 * (y.max() - y.min())).items():
                 color = RED if row in controls else BLUE if row.startswith("ham") else "black"
-                ax.plot(x[row], y[row], "s" if row in controls else "o", color=color, ms=5)
+                mark = {"marker": "s" if row in controls else "o", "color": color, "ms": 5}
+                ax.plot(x[row], y[row], **mark, mfc="none" if seeds[row] == 1 else color)
                 side = "right" if is_left else "left"
                 ax.text(at, height, f"{row} {y[row]:.1f}", va="center", ha=side)
         ax.set(title=setting, xlabel="parameters stored", ylabel="final accuracy (%)", xscale="log")
-        ax.set_xlim(x.min() / 8, 6 * x.max())
+        ax.set_xlim(x.min() / 14, 6 * x.max())
     return fig
 
 
@@ -134,28 +136,6 @@ def scalars(path, total):
     return fig
 
 
-def cosines(adapters, groups):
-    """(2) The cosine of every two tasks' adapters, task by task of each group."""
-    flats = [ham.flat(delta_w) for delta_w in adapters]
-    order = [task for group in groups for task in group.members]
-    matrix = np.array([ham.cosine_similarity(x, flats) for x in flats])[np.ix_(order, order)]
-    np.fill_diagonal(matrix, np.nan)
-    fig, ax = panels(size=(6, 5))
-    limit, start = np.nanmax(abs(matrix)), -0.5
-    image = ax.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit)
-    numbers(ax, 100 * matrix, lambda value: abs(value) < 60 * limit)
-    for j, group in enumerate(groups):
-        n = len(group.members)
-        ax.add_patch(plt.Rectangle((start, start), n, n, fill=False, lw=2.5))
-        ax.text(start + n / 2, -0.7, f"group {j}" if n > 1 else f"{j}", ha="center", va="bottom")
-        start += n
-    places, names = range(len(order)), [task + 1 for task in order]
-    ax.set(xticks=places, yticks=places, xticklabels=names, yticklabels=names)
-    ax.set(xlabel="task", ylabel="task")
-    fig.colorbar(image, shrink=0.8, label="cosine" + " (numbers: hundredths)" * (len(order) <= 12))
-    return fig
-
-
 def numbers(ax, matrix, is_light):
     """Write a small square matrix's entries into its image, black where `is_light(entry)`."""
     ax.spines[:].set_visible(False)
@@ -186,7 +166,6 @@ def pruning(adapter, rho):
         pruned = [ham.flat({n: way(b, a, x) for n, (b, a) in adapter.items()}) for x in rhos]
         left = [(x.norm() / ham.flat(adapter).norm()).item() for x in pruned]
         axes[2].plot(rhos, left, **line, ms=5, label=label)
-    axes[2].plot(rhos, np.sqrt(rhos), color=GREY, lw=1, label="entries by chance")
     axes[2].set(title="share of |ΔW| that is left", xlabel="ρ", ylim=(0, 1.05))
     axes[2].legend(fontsize=10)
     return fig

@@ -28,7 +28,7 @@ def measure(vit, method, data, class_rows):
     logits = {k: ham.cosine_logits(features, x) for k, x in (class_rows | {"": oracle}).items()}
     oracle = 100 * (logits[""].argmax(1) == labels).double().mean().item()
     found = baselines.by_head_and_task(logits, labels, data.tasks, config.read_out)
-    if config.method == "frozen":
+    if config.method in ("frozen", "first"):  # have none, or the first task's
         found["head_accuracy"] = None
     return found | {"class_mean_oracle": oracle}
 
@@ -46,9 +46,9 @@ def main():
             continue
         names = {f.name for f in dataclasses.fields(baselines.Config)}
         config = baselines.Config(**{k: x for k, x in results["config"].items() if k in names})
-        given = {"data_dir": args.data_dir, "weights": args.weights}
+        given = {"data_dir": args.data_dir, "weights": args.weights, "device": None}
         vit, method, data, _ = baselines.prepare(dataclasses.replace(config, **given))
-        state = torch.load(folder / "state.pt", config.device, weights_only=True)
+        state = torch.load(folder / "state.pt", data.device, weights_only=True)
         method.restore(state["method"])
         results |= measure(vit, method, data, state["class_rows"])
         text = json.dumps(results, indent=1) + "\n"

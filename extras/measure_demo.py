@@ -6,7 +6,6 @@ A rate is chosen for each method alike, out of one grid of factors of two; all e
 `python ham.py` has it. The draws it is chosen on are none of the ten.
 """
 
-import dataclasses
 import json
 import multiprocessing
 import tempfile
@@ -30,7 +29,7 @@ def measure(job):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         c = ham.Config(method=method, lr=lr, seed=seed, out=folder, data_dir=folder)
-        r = ham.run(dataclasses.replace(demo.made(c), lr=lr))
+        r = ham.run(demo.made(c))
     seconds = sum(task["seconds"]["train"] for task in r["tasks"])
     return r["final_accuracy"], r["forgetting"], r["learning_accuracy"], seconds, r["hardware"]
 

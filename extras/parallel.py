@@ -4,7 +4,8 @@
 
 Each process passes its share of every batch through the model and gets the features of all others;
 from there on all do the same. So the batch size stays that of the whole batch, and what is read, drawn
-and decided is as in one process. Process 0 prints and writes. For ham.py's own methods.
+and decided is as in one process. Process 0 prints and writes; a stopped run goes on by this
+command only. For ham.py's own methods.
 
 Whole batches of 32 are too small to be worth splitting for a small ViT on a GPU: there, start several
 runs at once instead (extras/run_all.py --jobs). It helps ViT-B/16, and the extraction of features.
@@ -72,8 +73,7 @@ def added_up(start):
 
     def started():
         trained = start()
-        factors = [x for ba in trained.adapter.values() for x in ba]
-        for x in [*factors, trained.alpha, trained.alpha_groups]:
+        for x in [*baselines.factors(trained.adapter), trained.alpha, trained.alpha_groups]:
             if x.requires_grad and x.numel():
                 x.register_hook(lambda gradient: add_up(gradient.clone()))
         return trained
@@ -85,7 +85,7 @@ def run(config):
     """As ham.run, in every process; those behind process 0 write to a folder that is thrown away."""
     rank = dist.get_rank()
     if rank:
-        dist.barrier()  # process 0 downloads and draws what is not there
+        dist.barrier()  # process 0 downloads what is not there
     vit, method, data, loss = baselines.prepare(config)
     if not rank:
         dist.barrier()

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+import ham
+
 ROOT = Path(__file__).parent.parent
 SEEDS = (1993, 1994, 1995)
 MORE = (1996, 1997)  # of what is claimed first
@@ -185,8 +187,7 @@ def run_one(name, flags, source, args, gpus):
     if done.returncode == 0:
         file = folder / "results.json"
         text = json.dumps(json.loads(file.read_text("utf-8")) | {"commit": source}, indent=1) + "\n"
-        file.with_suffix(".part").write_text(text, "utf-8")
-        file.with_suffix(".part").replace(file)
+        ham.write(file, lambda f: f.write(text.encode()))  # says: all is there
     gpus.put(gpu)
     print(f"{name}: exit {done.returncode}, {(time.time() - start) / 60:.1f} min", flush=True)
     return done.returncode
@@ -207,7 +208,10 @@ def main():
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
     first, step = map(int, args.shard.split("/"))
     wanted = wanted[first - 1 :: step]
-    done = [name for name in wanted if (ROOT / "results" / name / "results.json").is_file()]
+    files = {name: ROOT / "results" / name / "results.json" for name in wanted}
+    done = [
+        x for x, file in files.items() if file.is_file() and '"commit"' in file.read_text("utf-8")
+    ]
     if args.list:
         if hasattr(signal, "SIGPIPE"):  # quiet where `| head` has enough
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -139,6 +139,8 @@ def search(config):
     """A run for each rate, then the table and the command."""
     if str(demo.MODEL) in config.model:
         raise ham.InputError("the demo has rates of its own: give --dataset")
+    if config.method == "frozen" or (config.fair and config.rates):
+        raise ham.InputError("--method frozen has no rate, --fair searches --rates of its own")
     if config.fair:
         return fair(config)
     found = {}

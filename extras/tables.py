@@ -385,7 +385,7 @@ def noise(results=RESULTS):
 
 def held_out(results=RESULTS):
     """Every finished run of extras/screen.py, on held-out images: budget by budget, rate by rate."""
-    from extras.baselines import learning_rate  # here: it brings torch
+    from extras.baselines import ham  # with their rates; here: it brings torch
 
     lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
     usual = {"images_per_class": "all", "img_size": 160, "batch_size": 32, "epochs": 5}
@@ -417,7 +417,7 @@ def held_out(results=RESULTS):
         rates = {lr: f"{np.mean(x):.1f} ({len(x)})" for lr, x in sorted(found[line].items())}
         rates = [f"{lr:g}: {text}" if lr else f"default: {text}" for lr, text in rates.items()]
         table[DATA[data], *map(str, line[1:])] = {
-            "by the law": f"{learning_rate(method, seen):.2g}",
+            "by the law": f"{ham.learning_rate(method, seen):.2g}",
             "rate: accuracy (runs)": ", ".join(rates),
         }
     names = ["data", "T", "images per class", "px", "batch", "epochs", "after task", "method"]
@@ -445,6 +445,7 @@ def alone(results=RESULTS):
     """Groupings of adapters that were trained alone, by extras/alone.py, on held-out images."""
     lines = (Path(results) / "validate" / "alone.jsonl").read_text("utf-8").splitlines()
     r = pd.json_normalize([json.loads(line) for line in lines])
+    r = r.drop_duplicates(["rank", "scale", "by", "config.seed"])  # repeated
     r = r.sort_values(["rank", "scale"], kind="stable")
     r["drawn"] = r["by"].str.startswith("random")
     same = ["rank", "scale", "config.seed"]

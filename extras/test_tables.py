@@ -219,7 +219,7 @@ def test_groupings_against_the_mean_of_the_draws_of_their_seed(tmp_path):
             line = {"by": by, "rank": 2, "scale": 0.4, "final_accuracy": end}
             lines.append(json.dumps(line | {"config": {"seed": seed}}))
     (tmp_path / "validate").mkdir()
-    (tmp_path / "validate" / "alone.jsonl").write_text("\n".join(lines))
+    (tmp_path / "validate" / "alone.jsonl").write_text("\n".join([*lines, lines[0]]))  # repeated
     table = tables.alone(tmp_path)
     assert table.index.tolist() == [("2", "0.4", "adapter"), ("2", "0.4", "random")]
     assert table.loc[("2", "0.4", "adapter")].tolist() == ["62.0 ± 2.8", "+6.5 [-25.3, +38.3]", "2"]
