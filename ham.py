@@ -154,7 +154,7 @@ def merge(updates, scales, rank=None):
 
     updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a), without rank only
     while smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
-    rank: to which factors, not dense updates, are cut back, for a group not to grow (our choice).
+    rank: factors are cut back to it, dense updates are not, so that a group does not grow (ours).
     """
     if not all(isinstance(update, tuple) for update in updates):
         return sum(s * dense(update) for s, update in zip(scales, updates, strict=True))
