@@ -195,7 +195,11 @@ def test_sentences_that_no_table_has():
     ewc = [run for run in held_out if few.items() <= run.get("config", {}).items()]
     assert {(run["config"]["seed"], run["config"]["lr"]) for run in lora} == {(1993, 1e-3)}
     assert 0 < max(run["class-mean"][1] for run in ewc) - best < 1 and 0 < end[None] - best < 1
-    for row, lr in (("treelora", 1e-3), ("treelora, gradients", 6.3e-4)):
+    birds = {"method": "safm", "dataset": "cub200", "precision": "fp32"}
+    safm = [run for run in held_out if birds.items() <= run.get("config", {}).items()]
+    *_, low, high = sorted(safm, key=lambda run: run["class-mean"][1])  # 6e-4 lies between
+    assert low["config"]["lr"] < 6.3e-4 < high["config"]["lr"] and len(safm) == 3
+    for row, lr in (("treelora", 1e-3), ("treelora, gradients", 6.3e-4), ("safm", 6.3e-4)):
         rates = {run["config"]["lr"] for run in runs("CUB-200, T = 10", row).values()}
         assert [*rates] == pytest.approx([lr], rel=0.01)
     few, name = "CIFAR-100, 50 per class, T = 20", "CIFAR-100, 50 per class, GPU, T = 20"
