@@ -214,10 +214,8 @@ class Trainable:
     def begin(self, features, labels, classes, config, steps):
         """Set `classes` and `head`. features (n, D), labels (n,), steps -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Plain means (ours): unit rows, as of `class_means`, would turn too far at this rate.
-        self.head = torch.stack([features[labels == c].mean(0) for c in classes]).requires_grad_()
-        if not self.head.isfinite().all():
-            raise InputError(f"{classes}: a class without labels, or features that are not finite")
+        # Not unit rows (ours): they would turn too far at this rate.
+        self.head = class_means(features, labels, classes, unit=False).requires_grad_()
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
         lr = config.lr or learning_rate(config.method, config.epochs * len(labels))
@@ -325,13 +323,13 @@ METHODS = {  # its class, and the settings that `resolve` overrides
 LOGIT_SCALE = 16.0  # of the cosines in the loss (our choice)
 
 
-def class_means(features, labels, classes):
-    """Normalised mean of L2-normalised features. features (N, D), labels (N,) -> (C, D)"""
-    unit = F.normalize(features, dim=1)
-    means = F.normalize(torch.stack([unit[labels == c].mean(0) for c in classes]), dim=1)
+def class_means(features, labels, classes, unit=True):
+    """Unit means of unit features, or plain means. features (N, D), labels (N,) -> (C, D)"""
+    features = F.normalize(features, dim=1) if unit else features
+    means = torch.stack([features[labels == c].mean(0) for c in classes])
     if not means.isfinite().all():
-        raise InputError("a class has no image, or features that are not finite: lower --lr")
-    return means
+        raise InputError(f"of {classes} one has no image, or features are not finite: lower --lr")
+    return F.normalize(means, dim=1) if unit else means
 
 
 def cosine_logits(features, class_rows):
@@ -797,14 +795,15 @@ class Config:
 def resolve(config):
     """A copy with device and precision filled in; refuses values that are out of range."""
     c = vars(config).copy()
-    limits, positive = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}, (0, math.inf)
+    limits = {"seed": (-1, 2**32 - 1), "tau": (-2, 1), "rho": (0, 1)}
     for f in (f for f in fields(config) if c[f.name] is not None):
-        given, choices, (above, most) = c[f.name], get_args(f.type), limits.get(f.name, positive)
+        given, choices = c[f.name], get_args(f.type)
         value = c[f.name] = given if choices else f.type(given)  # a path, numpy's numbers
         flag = f"--{f.name.replace('_', '-')} {given}"
-        exact = f.type not in (int, bool) or str(value) == str(given)
+        exact = f.type is float or str(value) == str(given)
         if not exact or (choices and value not in choices):
             raise InputError(f"{flag}: must be {' or '.join(choices) or f.type.__name__}")
+        above, most = limits.get(f.name, (0, math.inf))
         if f.type in (int, float) and not above < value <= most:
             raise InputError(f"{flag}: must be in ({above}, {most}]")
     first = "cuda" if torch.cuda.is_available() else "cpu"

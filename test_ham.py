@@ -615,18 +615,19 @@ def test_class_means():
     means = ham.class_means(f, torch.tensor([7, 7, 8]), [7, 8])
     want = torch.tensor([[0.3, 0.9], [1.0, 0.0]])  # mean of (.6, .8) and (0, 1), then normalised
     torch.testing.assert_close(means, F.normalize(want, dim=1))
+    plain = ham.class_means(f, torch.tensor([7, 7, 8]), [7, 8], unit=False)
+    torch.testing.assert_close(plain, torch.tensor([[1.5, 3.0], [5.0, 0.0]]))
 
 
 def test_means_refuse_a_class_without_images_and_what_is_not_finite():
     features, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 1, 0])
     assert ham.class_means(features, labels, [0, 1]).shape == (2, 4)
     for classes, factor in (([0, 1, 2], 1.0), ([0, 1], torch.nan)):
-        with pytest.raises(ham.InputError, match="a class has no image, or .*lower --lr"):
-            ham.class_means(factor * features, labels, classes)
-        with pytest.raises(ham.InputError, match="a class without labels, or features"):
-            ham.Trainable({"x": torch.ones(2, 2)}, [], ham.Config()).begin(
-                factor * features, labels, classes, ham.Config(), 1
-            )
+        given, task = factor * features, ham.Trainable({"x": torch.ones(2, 2)}, [], ham.Config())
+        with pytest.raises(ham.InputError, match=r"has no image, or .*lower --lr"):
+            ham.class_means(given, labels, classes)
+        with pytest.raises(ham.InputError, match=r"has no image, or .*lower --lr"):
+            task.begin(given, labels, classes, ham.Config(), 1)
 
 
 def test_class_means_are_taken_after_the_merge(folder, tmp_path):

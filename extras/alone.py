@@ -114,10 +114,9 @@ def run(config):
     every = itertools.product(
         listed(config.ranks, int), listed(config.scales, float), listed(config.by, str, GROUPINGS)
     )
-    usual = {"group_rank": None, "read_out": "class-mean"}  # what does nothing here
-    usual |= {k: getattr(Config, k) for k in ("method", "merge", "gain", "share", "grouping")}
-    usual |= {k: getattr(Config, k) for k in ("tau", "lr_alpha")}
-    if other := [f"--{k}" for k, x in usual.items() if getattr(config, k) != x]:
+    idle = ["method", "merge", "gain", "share", "grouping", "tau", "group_rank", "read_out"]
+    idle = [k for k in [*idle, "lr_alpha"] if getattr(config, k) != getattr(Config, k)]
+    if other := [f"--{k.replace('_', '-')}" for k in idle]:
         raise ham.InputError(f"{', '.join(other)}: groups are means of adapters trained alone here")
     if min(listed(config.ranks, int)) < 1:
         raise ham.InputError(f"--ranks {config.ranks}: a rank is at least 1")

@@ -701,6 +701,7 @@ class Config(ham.Config):
 # Which methods have a setting that not all have; any other one is refused it.
 HAVE = {k: {"ham"} for k in ("tau", "rho", "group_rank", "merge", "gain", "share")}
 HAVE |= {"g_max": {"ham", "onward"}, "grouping": {"ham", "onward", "treelora"}}
+# (`frozen` has no scalar either: it is resolved as ham.py resolves it.)
 HAVE |= {k: {"ham", "sd_lora", "onward", "frozen"} for k in ("train_alpha", "lr_alpha")}
 HAVE |= {"penalty": set(PENALTY), "read_out": {*METHODS, *ham.METHODS} - {"first", "frozen"}}
 

@@ -34,9 +34,10 @@ def test_in_one_group_they_are_average_and_without_weight_frozen(config, tmp_pat
     """Not by accuracies of 18 images: by the class means that they come from."""
     means, real = [], ham.class_means
 
-    def class_means(*given):
-        means.append(real(*given))
-        return means[-1]
+    def class_means(*given, unit=True):
+        found = real(*given, unit)
+        means.extend([found] if unit else [])  # not where a head starts
+        return found
 
     def rows():
         taken = torch.cat(means)
@@ -64,9 +65,18 @@ def test_in_one_group_they_are_average_and_without_weight_frozen(config, tmp_pat
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"ranks": "2,x"}, {"ranks": "0"}, {"by": "gradients"}, {"merge": "sum"}, {"lr": None}],
+    [
+        {"ranks": "2,x"},
+        {"ranks": "0"},
+        {"by": "gradients"},
+        {"merge": "sum"},
+        {"group_rank": 2},
+        {"lr": None},
+    ],
 )
 def test_mistakes_are_one_line_before_anything_is_trained(mistake, config):  # noqa: F811
     given = dataclasses.asdict(config(lr=1e-2)) | mistake
-    with pytest.raises(ham.InputError, match="--merge|numbers|must be of|give|at least"):
+    with pytest.raises(
+        ham.InputError, match="--merge|--group-rank|numbers|must be of|give|at least"
+    ):
         alone.run(alone.Config(**given))
