@@ -41,6 +41,8 @@ def main():
     parser.add_argument("--weights")
     args = parser.parse_args()
     for folder in args.folders:
+        if missing := {"results.json", "state.pt"} - {file.name for file in folder.glob("*")}:
+            parser.error(f"{folder}: no {' and no '.join(sorted(missing))} of a finished run")
         results = json.loads((folder / "results.json").read_text("utf-8"))
         if "head_accuracy" in results:  # also where a method's own loop measures it
             continue

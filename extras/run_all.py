@@ -170,6 +170,12 @@ def commit():
         return None
 
 
+def shard(text):
+    """I/N -> which runs."""
+    first, step = map(int, text.split("/"))
+    return slice(first - 1, None, step)
+
+
 def run_one(name, flags, source, args, gpus):
     """One run in a process of its own, on a free GPU; its lines go to a log beside its results."""
     folder = ROOT / "results" / name
@@ -200,14 +206,15 @@ def main():
     parser.add_argument("--weights", default="data/deit_tiny_patch16_224.safetensors")
     parser.add_argument("--only", default="", help="runs whose name contains any of these, a,b,c")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the machine")
-    parser.add_argument("--shard", default="1/1", help="I/N: every N-th run, from the I-th on")
+    parser.add_argument(
+        "--shard", type=shard, default="1/1", help="I/N: every N-th run, from the I-th on"
+    )
     parser.add_argument(
         "--list", action="store_true", help="print every run's command, run nothing"
     )
     args, source = parser.parse_args(), commit()  # what is committed later is not what ran
     wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
-    first, step = map(int, args.shard.split("/"))
-    wanted = wanted[first - 1 :: step]
+    wanted = wanted[args.shard]
     files = {name: ROOT / "results" / name / "results.json" for name in wanted}
     done = [
         x for x, file in files.items() if file.is_file() and '"commit"' in file.read_text("utf-8")

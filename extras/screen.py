@@ -86,12 +86,17 @@ def screen(config):
 
 
 def recorded(config):
-    """`screen`, and its line appended to --out/screening.jsonl"""
+    """`screen`, and its line appended to --out/screening.jsonl; a rate that diverges ends at 0 %."""
     file = Path(config.out) / "screening.jsonl"
     try:
         line = screen(config)
     except KeyboardInterrupt:
         raise ham.InputError(f"stopped; complete runs are in {file}, this one is lost") from None
+    except ham.InputError as error:
+        if "not finite" not in str(error) or not config.lr:
+            raise
+        print(f"--lr {config.lr:g}: {error}", flush=True)
+        return {"config": vars(config), "class-mean": [0.0, 0.0]}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(line) + "\n")

@@ -131,6 +131,8 @@ def runs(results=RESULTS, settings=None, only=None):
     found["seconds.train"] = [sum(x) for x in seconds]
     found["build"] = builds_of(found)
     r = rows().merge(found)
+    same = r["hardware"] == r.groupby(["setting", "row"])["hardware"].transform("first")
+    r["seconds.train"] = r["seconds.train"].where(same)  # a mean of two machines says nothing
     r = r[r["setting"].isin(settings or r["setting"])]
     r = r[r["setting"].isin(r["setting"][r["row"] == "ham"])]
     return r[r["row"].isin(only or r["row"])]

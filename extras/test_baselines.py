@@ -609,6 +609,16 @@ def test_a_search_that_is_stopped_says_what_is_kept(config, monkeypatch):
         screen.search(screen.Config(**dataclasses.asdict(config())))
 
 
+def test_a_rate_that_diverges_does_not_end_a_search(config, tmp_path, capsys):
+    c = config(out=str(tmp_path), tasks=4, images_per_class=2, epochs=1)
+    screen.search(screen.Config(**dataclasses.asdict(c), rates="1e30,1e-3"))
+    lines = (tmp_path / "screening.jsonl").read_text().splitlines()
+    assert [json.loads(line)["config"]["lr"] for line in lines] == [1e-3]
+    out = capsys.readouterr().out
+    assert "--lr 1e+30: of [" in out or "--lr 1e+30: of range(" in out
+    assert "    1e+30       0.0    0.0\n" in out and "--lr 0.001 --name" in out.splitlines()[-1]
+
+
 def test_a_fair_search_by_its_rule(config, monkeypatch, capsys):
     """The best rate is an edge, two lie within a point, the second seed decides; then λ."""
     curve = {1e-3: 60.0, 1e-3 / 3: 50.0, 3e-3: 62.0, 9e-3: 61.5}  # of the first seed

@@ -112,6 +112,10 @@ def test_other_seeds_missing_rows_and_missing_figures(results):
     seconds = measures["training s"]
     assert seconds["ham"] == "20 ± 20" and seconds["ewc"] == "30 ± 14" and seconds["joint"] == "0"
     assert measures["which seeds"]["ewc"] == "1994, 1995"
+    write(results, "ewc", 1996, 72.0, tasks=[{"seconds": {"train": 5e3}}], hardware="slow")
+    elsewhere = tables.measures(results).loc["CIFAR-100, 50 per class, T = 20", "ewc"]
+    assert (elsewhere["training s"], elsewhere["which seeds"]) == ("30 ± 14", "1994, 1995, 1996")
+    (results / "cifar100-T20-ewc-i50-s1996" / "results.json").unlink()
     budget = tables.settings(results)
     want = ["vit", "160", "5", "all", "1,100", "fp32", "A1"]
     assert budget.loc["CIFAR-100, 50 per class, T = 20"].tolist() == want
