@@ -1725,7 +1725,8 @@ def test_readme_loop_has_the_matrix_of_ham_py(folder, tmp_path, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "yours", types.SimpleNamespace(tasks=tasks))
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: copy.deepcopy(vit))
-    monkeypatch.setattr(ham, "Config", functools.partial(ham.Config, rank=2))
+    asked = functools.partial(ham.Config, rank=2, precision="fp32")
+    monkeypatch.setattr(ham, "Config", asked)
     given = {}
     exec(snippet("from yours import tasks"), given)  # noqa: S102
     assert given["matrix"] == results["accuracy_matrix"]
