@@ -217,6 +217,13 @@ def test_sentences_that_no_table_has():
         assert run["accuracy_matrix"] == gpu[1993]["accuracy_matrix"]
         for one, other in zip(run["tasks"], gpu[1993]["tasks"], strict=True):
             assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    whole = "CIFAR-100, all images, T = 20"  # three seeds on a GPU, then two on a CPU
+    five = [
+        {s: measured(r)[0] for s, r in runs(whole, row).items()} for row in ("ham", "sequential")
+    ]
+    assert [round(five[0][s] - five[1][s], 1) for s in (1996, 1997)] == [2.2, 1.9]
+    first = [round(statistics.fmean(x[s] for s in (1993, 1994, 1995)), 1) for x in five]
+    assert first == [70.3, 67.2] and len(five[0]) == len(five[1]) == 5
     bandit, drawn = (runs(name, row) for row in ("treelora", "treelora, random leaf"))
     gaps = [measured(bandit[s])[0] - measured(drawn[s])[0] for s in bandit]
     _, low, high = interval(gaps)
