@@ -593,7 +593,8 @@ def test_a_search_of_rates_ends_with_the_command(method, config, tmp_path, capsy
         ("--fair --rates 1e-3 --dataset x", "of its own"),
     ],
 )
-def test_a_search_refuses_in_one_line(given, says, capsys):
+def test_a_search_refuses_in_one_line(given, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the demo draws into ./data
     with pytest.raises(SystemExit) as stop:
         ham.main(given.split(), screen.search, screen.Config)
     error = capsys.readouterr().err
