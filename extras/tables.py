@@ -87,6 +87,7 @@ CHANGED = {  # HAM on CIFAR-100, T = 20: what tasks are made of, or "noise"; wha
     "noise": {
         "ham": "i50",
         "again": "i50-again",
+        "typed, another CPU": "few",
         "fp32": "i50-fp32",
         "two threads": "i50-2threads",
         "a GPU": "i50-gpu",
