@@ -213,8 +213,7 @@ def main():
         "--list", action="store_true", help="print every run's command, run nothing"
     )
     args, source = parser.parse_args(), commit()  # what is committed later is not what ran
-    wanted = [name for name in RUNS if any(part in name for part in args.only.split(","))]
-    wanted = wanted[args.shard]
+    wanted = [x for x in RUNS if any(part in x for part in args.only.split(","))][args.shard]
     files = {name: ROOT / "results" / name / "results.json" for name in wanted}
     done = [
         x for x, file in files.items() if file.is_file() and '"commit"' in file.read_text("utf-8")

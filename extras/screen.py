@@ -86,7 +86,7 @@ def screen(config):
 
 
 def recorded(config):
-    """`screen`, and its line appended to --out/screening.jsonl; a rate that diverges ends at 0 %."""
+    """`screen`, its line appended to --out/screening.jsonl; a rate that diverges ends at 0 %."""
     file = Path(config.out) / "screening.jsonl"
     try:
         line = screen(config)
