@@ -428,20 +428,45 @@ def held_out(results=RESULTS):
 
 
 def tuned(results=RESULTS):
-    """How much was tried for each method, as it runs now, where methods are compared; and in all."""
+    """What was tried for each method, as it runs now, where methods are compared, and what is used.
+
+    Rates at the λ with which most were tried, λ at such a rate. *runs*: with all else that was tried.
+    """
     lines = (Path(results) / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
     lines = [json.loads(line) for line in lines]
     r = pd.DataFrame([{"method": "ham"} | x.get("config", {}) | x["settings"] for x in lines])
     r = r.reindex(columns=r.columns.union(["penalty", "tasks"]))  # some know of none
-    every, table = r.groupby("method").size(), {}
+    r = r.fillna({"penalty": 0, "images_per_class": 0})  # 0: all
+    r["accuracy"] = [x["class-mean"][1] for x in lines]
+    usual = "method lr penalty seed precision dataset tasks images_per_class test_images_per_class"
+    usual = {*usual.split(), "model", "img_size"}
+    r["plain"] = [x["settings"].keys() <= usual for x in lines]
+    every, used, table = r.groupby("method").size(), runs(results), {}
+    used["at"] = used["setting"].str.replace(", GPU", "")
     r = r[["code_change" not in x for x in lines]]
-    for data, tasks, n in ("cifar100", 20, 50), ("cub200", 10, 0):  # images per class, 0: all
-        same = {"dataset": data, "tasks": tasks, "images_per_class": n}
-        own = r[(r[[*same]].fillna(0) == pd.Series(same)).all(axis="columns")].groupby("method")
-        found = {"rates": own["lr"].nunique(), "λ": own["penalty"].nunique(), "runs": own.size()}
-        table |= {f"{DATA[data]}, T = {tasks}: {name}": x for name, x in found.items()}
-    table = pd.DataFrame(table | {"runs in all": every}).reindex([x for x in METHODS if x in every])
-    return table.map(lambda n: f"{n:.0f}" if n > 0 else "").rename_axis("method")
+
+    def found(own, name, fixed):
+        """A value: accuracy (runs), ... of the setting `name`"""
+        most = own.groupby(fixed)[name].nunique().idxmax()
+        found = own[own[fixed] == most].groupby(name)["accuracy"].agg(["mean", "size"])
+        found = [f"{x:g}: {mean:.1f} ({n:.0f})" for x, mean, n in found.itertuples()]
+        return ", ".join(found) if len(found) > 1 else ""
+
+    for setting in "CIFAR-100, 50 per class, T = 20", "CUB-200, T = 10":
+        data, tasks, name = SETTINGS[setting]
+        same = {"dataset": data, "tasks": tasks, "images_per_class": 50 if name else 0}
+        here = r[(r[[*same]] == pd.Series(same)).all(axis="columns")]
+        for method in sorted(here["method"].unique(), key=METHODS.index):
+            own = here[here["method"] == method]
+            rates = used["config.lr"][(used["at"] == setting) & (used["row"] == method)]
+            table[setting, method] = {
+                "rate: accuracy (runs)": found(own[own["plain"]], "lr", "penalty"),
+                "rate of the rows": ", ".join(f"{lr:.2g}" for lr in sorted(rates.unique())),
+                "λ: accuracy (runs)": found(own[own["plain"]], "penalty", "lr"),
+                "runs": str(len(own)),
+                "in all": str(every[method]),
+            }
+    return pd.DataFrame(table).T.rename_axis(["setting", "method"])
 
 
 def alone(results=RESULTS):

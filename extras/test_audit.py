@@ -147,6 +147,41 @@ def test_groupings_of_adapters_trained_alone():
             assert low < 0 < high  # as README.md says
 
 
+def test_what_was_tried_for_each_method():
+    lines = (RESULTS / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
+    tried = [x for x in map(json.loads, lines) if "code_change" not in x]
+    rows, budget = table("all.md", "tuned"), ("dataset", "tasks", "images_per_class")
+    usual = {*budget, "method", "lr", "penalty", "seed", "precision", "model", "img_size"}
+    usual |= {"test_images_per_class"}
+    assert len(rows) > 18
+    for row in rows:
+        here = ("cifar100", 20, 50) if "CIFAR" in row["setting"] else ("cub200", 10, None)
+        own, ends = 0, {}  # (lr, λ): accuracies; in the table is a line or a column of this
+        for run in tried:
+            s = {"method": "ham"} | run.get("config", {}) | run["settings"]
+            if (*map(s.get, budget), s["method"]) == (*here, row["method"]):
+                own += 1
+                if run["settings"].keys() <= usual:
+                    at = s["lr"], s.get("penalty") or 0
+                    ends.setdefault(at, []).append(run["class-mean"][1])
+        assert own == int(row["runs"]), row
+        for place, column in enumerate(("rate: accuracy (runs)", "λ: accuracy (runs)")):
+            cells = row[column].split(", ") if row[column] else []
+            cells = [list(map(float, re.findall(r"[^ :()]+", x))) for x in cells]
+            fixed = {at[1 - place] for at in ends}
+            found = [[at for at in ends if at[1 - place] == x] for x in fixed]
+            found = [
+                sorted([at[place], statistics.fmean(ends[at]), len(ends[at])] for at in line)
+                for line in found
+            ]
+            assert not cells or any(
+                [*itertools.chain(*cells)] == pytest.approx([*itertools.chain(*line)], abs=0.0501)
+                for line in found
+            ), row
+            most = max(map(len, found))
+            assert len(cells) == (most if most > 1 else 0), row
+
+
 def test_what_the_readme_claims_and_what_of_it_survives_correction():
     text = (RESULTS.parent / "README.md").read_text("utf-8").split("| claim | here |")[1]
     names = (

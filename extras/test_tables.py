@@ -18,7 +18,7 @@ def write(folder, method, seed, final, total=20, name="i50", **result):
     """A results.json with no more than what a table reads of it."""
     config = {"dataset": "cifar100", "tasks": total, "method": method, "name": name, "seed": seed}
     config |= {"model": "vit", "img_size": 160, "epochs": 5, "images_per_class": None}
-    config["precision"] = "fp32"
+    config |= {"precision": "fp32", "lr": 3e-4}
     plain = {
         "ham_sha256": "0123456789",
         "parameters_stored": 1_234_400,
@@ -204,16 +204,21 @@ def test_held_out_runs_by_budget_and_rate(tmp_path):
     }
     law = tables.held_out(tmp_path)["by the law"]
     assert set(law.xs("ham", level="method")) == {"0.00015"}  # 2,500 images, five times
-    for lr, penalty in ((1e-3, 0.5), (3e-3, 0.5), (1e-3, 5.0)):  # where methods are compared
+    few = settings | {"images_per_class": 50, "seed": 1993}  # where methods are compared
+    for lr, penalty, end in ((1e-3, 0.5, 60.0), (3e-3, 0.5, 64.0), (1e-3, 5.0, 58.0)):
         config = {"lr": lr, "penalty": penalty, "tasks": 20}
-        lines += [
-            lines[0] | {"config": config, "settings": settings | config | {"images_per_class": 50}}
-        ]
+        line = {"config": config, "settings": few | config, "class-mean": [80.0, end]}
+        lines += [lines[0] | line]
+    lines += [lines[-3] | {"class-mean": [80.0, 61.0]}]  # again
+    lines += [lines[-1] | {"settings": lines[-1]["settings"] | {"rho": 1.0}}]
     lines += [lines[-1] | {"code_change": "another penalty"}]
     (tmp_path / "validate" / "screening.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tuned = tables.tuned(tmp_path)
-    assert tuned["runs in all"].to_dict() == {"ham": "7", "sequential": "1", "o_lora": "5"}
-    assert tuned.loc["o_lora"].tolist() == ["2", "2", "3", "", "", "", "5"]
+    for method in ("ham", "o_lora"):
+        write(tmp_path, method, 1993, 70.0)
+    ((index, row),) = tables.tuned(tmp_path).iterrows()
+    assert index == ("CIFAR-100, 50 per class, T = 20", "o_lora")
+    rates, weights = "0.001: 60.5 (2), 0.003: 64.0 (1)", "0.5: 60.5 (2), 5: 58.0 (1)"
+    assert row.tolist() == [rates, "0.0003", weights, "5", "7"]
 
 
 def test_groupings_against_the_mean_of_the_draws_of_their_seed(tmp_path):
