@@ -17,7 +17,7 @@ W0        w0             (d, k)          a frozen weight, d outputs, k inputs, o
 B_i, A_i  b, a           (d, r), (r, k)  LoRA factors of task i (r = 8); ΔW_i = B_i A_i
           adapter        layer: (b, a)   those of all layers, a dict; `flat` makes it one vector
 α_i       alpha          ()              importance of task i's adapter
-ΔW_G      Group.delta_w  layer: (d, k)   adapter of a group; or (d, r n), (r n, k) if smaller
+ΔW_G      Group.delta_w  layer: (d, k)   adapter of a group; or its factors if smaller or cut to R
 α_G       alpha_groups   (M,)            one importance per group (Group.alpha), all trained
 M, n      m, n           int             groups so far; members of a group
 G_max     g_max          int             the most groups there may be (5)
@@ -106,7 +106,7 @@ def cosine_similarity(vector, group_vectors):
     """(2) s_j = <ΔW_i, ΔW_Gj> / (|ΔW_i| |ΔW_Gj|). Similarity: abstract; cosine: review.
 
     vector (P,), group_vectors: M of (P,) -> list of M floats in [-1, 1]. Over all layers at once,
-    before pruning and without α_i: our choice.
+    with ΔW_i before it is pruned and without α_i: our choice.
     """
     return [F.cosine_similarity(vector, g, dim=0).clamp(-1, 1).item() for g in group_vectors]
 
@@ -138,7 +138,7 @@ def prune(x, rho):
 def shares(n, how):
     """(4) Scale: the shares of a new member and of its group of n. int, str -> float, float
 
-    solution:  the mean of what the tasks ended with. Task i was trained on top of its group and
+    solution:  the mean of what the tasks ended with, pruning aside. Task i trained on its group and
                ended with ΔW_G + α_i ΔW_i (at α_G = 1). By induction ΔW_G is the mean of what its
                n ended with: (n ΔW_G + ΔW_G + α_i ΔW_i) / (n + 1) = ΔW_G + α_i ΔW_i / (n + 1)
     mean:      the mean of what the tasks added, (α_i ΔW_i + n α_G ΔW_G) / (n + 1)
@@ -152,8 +152,8 @@ def shares(n, how):
 def merge(updates, scales, rank=None):
     """(4) ΔW_G = Σ_m s_m ΔW_m for one layer, by concatenating factors along the rank (review).
 
-    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a), without rank only
-    while smaller than ΔW_G, else dense. Adding A's and B's up would not do: cross terms B_1 A_2.
+    updates: m of (b (d, r_m), a (r_m, k)) or (d, k); scales: m floats -> (b, a); without `rank`
+    (d, k), as soon as that is no larger. (ΣB)(ΣA) would not do: it has cross terms B_1 A_2.
     rank: factors are cut back to it, dense updates are not, so that a group does not grow (ours).
     """
     if not all(isinstance(update, tuple) for update in updates):
@@ -171,7 +171,7 @@ def truncate(b, a, rank):
     B = Q U and Aᵀ = P V only the core U Vᵀ, at most (n, n), is decomposed, never a (d, k) matrix.
     """
     (q, u), (p, v) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    core = (u @ v.T).nan_to_num()  # svd would raise; where B or A is NaN, Q or P still is
+    core = (u @ v.T).nan_to_num()  # svd raises on NaN; by q or p the result is NaN all the same
     left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     return q @ left[:, :rank] * sigma[:rank], right[:rank] @ p.T
 
@@ -214,7 +214,7 @@ class Trainable:
     def begin(self, features, labels, classes, config, steps):
         """Set `classes` and `head`. features (n, D), labels (n,), steps -> optimiser, schedule"""
         self.classes = torch.tensor(list(classes), device=features.device)
-        # Not unit rows (ours): they would turn too far at this rate.
+        # Plain means (ours): unit ones would turn too far at lr_head.
         self.head = class_means(features, labels, classes, unit=False).requires_grad_()
         factors = [x for ba in self.adapter.values() for x in ba]
         scalars = [self.alpha, self.alpha_groups]  # stay at 1 without `train_alpha`
@@ -328,7 +328,7 @@ def class_means(features, labels, classes, unit=True):
     features = F.normalize(features, dim=1) if unit else features
     means = torch.stack([features[labels == c].mean(0) for c in classes])
     if not means.isfinite().all():
-        raise InputError(f"of {classes} one has no image, or features are not finite: lower --lr")
+        raise InputError(f"{[*classes]}: one has no image, or features are not finite: lower --lr")
     return F.normalize(means, dim=1) if unit else means
 
 
@@ -339,7 +339,7 @@ def cosine_logits(features, class_rows):
 
 def task_loss(trained, features, labels):
     """Cross-entropy over the task's classes (ours). features (n, D), labels (n,), of these -> ()"""
-    targets = (labels[:, None] != trained.classes).cumprod(1).sum(1)  # of other labels: C, refused
+    targets = (labels[:, None] != trained.classes).cumprod(1).sum(1)  # of others C: refused
     return F.cross_entropy(LOGIT_SCALE * cosine_logits(features, trained.head), targets)
 
 
@@ -384,11 +384,11 @@ def extract(vit, weights, data, part, classes, config):
 
 
 # ---------------------------------------------------------------------------------------- Measures
-# a[t][j]: accuracy (%) on the test images of task j after task t, over all classes seen so far.
+# a[t][j]: accuracy (%) on the test images of task j after task t, over all classes seen; from 0.
 
 
 def accuracies(logits, labels, tasks):
-    """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: rising ranges"""
+    """A row a[t]: per cent right, per task. logits (N, C), labels (N,), tasks: ranges of labels"""
     right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()  # some devices lack fp64
     return [100 * right[(labels >= t[0]) & (labels <= t[-1])].double().mean().item() for t in tasks]
 
@@ -396,14 +396,14 @@ def accuracies(logits, labels, tasks):
 def measures(matrix, sizes):
     """What an accuracy matrix says, per cent; t + 1 cells in row t. sizes: test images per task"""
     so_far = [sum(x * n for x, n in zip(row, sizes)) / sum(sizes[: len(row)]) for row in matrix]
-    last, old = matrix[-1], range(len(matrix) - 1)  # a[T]; all tasks before T
+    last, old = matrix[-1], range(len(matrix) - 1)  # after the last task; all tasks before it
     forgetting = [max(row[j] for row in matrix[j:-1]) - last[j] for j in old]
     transfer = [last[j] - matrix[j][j] for j in old]
     return {
         "final_accuracy": so_far[-1],  # so_far: A_t
         "average_incremental_accuracy": sum(so_far) / len(so_far),
-        "forgetting": sum(forgetting) / max(len(old), 1),  # max_{t<T} a[t][j] - a[T][j]
-        "backward_transfer": sum(transfer) / max(len(old), 1),  # a[T][j] - a[j][j]
+        "forgetting": sum(forgetting) / max(len(old), 1),  # best before it less last
+        "backward_transfer": sum(transfer) / max(len(old), 1),  # last less just learnt
         "learning_accuracy": sum(row[-1] for row in matrix) / len(matrix),
     }
 

@@ -183,7 +183,11 @@ def test_what_was_tried_for_each_method():
 
 
 def test_what_the_readme_claims_and_what_of_it_survives_correction():
-    text = (RESULTS.parent / "README.md").read_text("utf-8").split("| claim | here |")[1]
+    text = (
+        (RESULTS.parent / "README.md")
+        .read_text("utf-8")
+        .split("| claim (abstract, reviews) | here |")[1]
+    )
     names = (
         "`average`",
         "`sequential`",
@@ -243,6 +247,14 @@ def test_sentences_that_no_table_has():
     for row, lr in (("treelora", 1e-3), ("treelora, gradients", 6.3e-4), ("safm", 6.3e-4)):
         rates = {run["config"]["lr"] for run in runs("CUB-200, T = 10", row).values()}
         assert [*rates] == pytest.approx([lr], rel=0.01)
+    for file in RESULTS.glob(
+        "*-ham-*/results.json"
+    ):  # "in no run did it act": τ, with room for a group
+        run = json.loads(file.read_text("utf-8"))
+        sizes = [[], *(task["group_sizes"] for task in run["tasks"])]
+        for before, task in zip(sizes, run["tasks"]):
+            if task["similarities"] and len(before) < run["config"]["g_max"]:
+                assert max(task["similarities"]) < run["config"]["tau"]
     few, name = "CIFAR-100, 50 per class, T = 20", "CIFAR-100, 50 per class, GPU, T = 20"
     cpu, gpu = runs(few, "ham"), runs(name, "ham")
     assert len(gpu) == 5 and all(abs(measured(gpu[s])[0] - measured(cpu[s])[0]) < 0.3 for s in gpu)
