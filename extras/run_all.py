@@ -92,8 +92,14 @@ FEW = {"ham": 1e-3, "sequential": 3e-4, "average": 1e-2}
 FEW |= {"sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3}
 MANY = {"ham": 3e-4, "sequential": 1e-4, "average": 3e-3}
 MANY |= {"sd_lora": 3e-4, "o_lora": 3e-4, "ewc": 3e-4}
-CUB = {"ham": 1e-3, "sequential": 1e-4, "average": 3e-3}
-CUB |= {"sd_lora": 1e-3, "o_lora": 3e-4, "ewc": 1e-3, "treelora": 1e-3}
+CUB = {"ham": 1e-3, "sequential": 3e-5, "average": 1e-3}
+CUB |= {"sd_lora": 1e-3, "o_lora": 1e-3, "ewc": 3e-3, "treelora": 1e-3}
+BEFORE = CUB | {
+    "sequential": 1e-4,
+    "average": 3e-3,
+    "o_lora": 3e-4,
+    "ewc": 1e-3,
+}  # one held-out seed
 for tasks in (20, 50, 10, 5):
     rates = FEW if tasks > 10 else FEW | {"ham": None, "sequential": None}  # there by the law
     add("cifar100", tasks, "ham sequential average", I50, "i50", lr=rates)
@@ -107,7 +113,9 @@ add("cifar100", 50, "safm sd_lora", I50, "i50", ONE)
 add("cub200", 10, "ham sequential average treelora safm o_lora ewc first", lr=CUB)
 add("cub200", 10, "ham sequential", seeds=MORE, lr=CUB)
 add("cub200", 10, f"{FIXED} sd_lora", seeds=ONE, lr=CUB)
-add("cub200", 20, "ham sequential average frozen", seeds=ONE, lr=CUB)
+add("cub200", 10, "sequential average", name="before", lr=BEFORE)
+add("cub200", 10, "o_lora ewc", name="before", seeds=ONE, lr=BEFORE)
+add("cub200", 20, "ham sequential average frozen", seeds=ONE, lr=BEFORE)
 add("cub200", 100, "ham", seeds=ONE)
 add("cub200", 100, "ham", "--group-rank 8", "R8", ONE)
 add("cifar100", 20, "ham sequential o_lora ewc", I250, "i250", lr=MANY)

@@ -36,6 +36,10 @@ BESIDE = {  # likewise, of other methods
     "onward, random group": ("onward", "random"),
     "treelora, random leaf": ("treelora", "random"),
     "treelora, gradients": ("treelora", "before"),
+    "sequential, 1e-4": ("sequential", "before"),
+    "average, 3e-3": ("average", "before"),
+    "o_lora, 3e-4": ("o_lora", "before"),
+    "ewc, 1e-3": ("ewc", "before"),
 }
 DATA = {"cifar100": "CIFAR-100", "cub200": "CUB-200"}
 DATA |= {"tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
