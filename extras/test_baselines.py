@@ -616,7 +616,7 @@ def test_a_rate_that_diverges_does_not_end_a_search(config, tmp_path, capsys):
     lines = (tmp_path / "screening.jsonl").read_text().splitlines()
     assert [json.loads(line)["config"]["lr"] for line in lines] == [1e-3]
     out = capsys.readouterr().out
-    assert "--lr 1e+30: of " in out and "not finite" in out
+    assert "--lr 1e+30: [" in out and "not finite" in out
     assert "    1e+30       0.0    0.0\n" in out and "--lr 0.001 --name" in out.splitlines()[-1]
 
 
