@@ -339,7 +339,7 @@ def cosine_logits(features, class_rows):
 
 def task_loss(trained, features, labels):
     """Cross-entropy over the task's classes (ours). features (n, D), labels (n,), of these -> ()"""
-    targets = (labels[:, None] != trained.classes).cumprod(1).sum(1)  # of others C: refused
+    targets = (labels[:, None] != trained.classes).cumprod(1).sum(1)  # of other labels: C, refused
     return F.cross_entropy(LOGIT_SCALE * cosine_logits(features, trained.head), targets)
 
 
@@ -402,7 +402,7 @@ def measures(matrix, sizes):
     return {
         "final_accuracy": so_far[-1],  # so_far: A_t
         "average_incremental_accuracy": sum(so_far) / len(so_far),
-        "forgetting": sum(forgetting) / max(len(old), 1),  # best before it less last
+        "forgetting": sum(forgetting) / max(len(old), 1),  # best before the last task, less last
         "backward_transfer": sum(transfer) / max(len(old), 1),  # last less just learnt
         "learning_accuracy": sum(row[-1] for row in matrix) / len(matrix),
     }

@@ -460,7 +460,7 @@ def tuned(results=RESULTS):
         data, tasks, name = SETTINGS[setting]
         same = {"dataset": data, "tasks": tasks, "images_per_class": 50 if name else 0}
         here = r[(r[[*same]] == pd.Series(same)).all(axis="columns")]
-        for method in sorted(here["method"].unique(), key=METHODS.index):
+        for method in sorted(here["method"][here["plain"]].unique(), key=METHODS.index):
             own = here[here["method"] == method]
             rates = used["config.lr"][(used["at"] == setting) & (used["row"] == method)]
             table[setting, method] = {

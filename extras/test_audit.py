@@ -150,37 +150,38 @@ def test_groupings_of_adapters_trained_alone():
 
 def test_what_was_tried_for_each_method():
     lines = (RESULTS / "validate" / "screening.jsonl").read_text("utf-8").splitlines()
-    tried = [x for x in map(json.loads, lines) if "code_change" not in x]
+    tried = [
+        ({"method": "ham"} | x.get("config", {}) | x["settings"], x) for x in map(json.loads, lines)
+    ]
     rows, budget = table("all.md", "tuned"), ("dataset", "tasks", "images_per_class")
     usual = {*budget, "method", "lr", "penalty", "seed", "precision", "model", "img_size"}
     usual |= {"test_images_per_class"}
     assert len(rows) > 18
     for row in rows:
         here = ("cifar100", 20, 50) if "CIFAR" in row["setting"] else ("cub200", 10, None)
-        own, ends = 0, {}  # (lr, λ): accuracies; in the table is a line or a column of this
-        for run in tried:
-            s = {"method": "ham"} | run.get("config", {}) | run["settings"]
-            if (*map(s.get, budget), s["method"]) == (*here, row["method"]):
-                own += 1
-                if run["settings"].keys() <= usual:
-                    at = s["lr"], s.get("penalty") or 0
-                    ends.setdefault(at, []).append(run["class-mean"][1])
-        assert own == int(row["runs"]), row
+        own = [(s, run) for s, run in tried if s["method"] == row["method"]]
+        assert len(own) == int(row["in all"])
+        own = [x for x in own if (*map(x[0].get, budget),) == here and "code_change" not in x[1]]
+        assert len(own) == int(row["runs"])
+        ends = {}  # (rate, λ): accuracies; a cell of the table is a line or a column of this
+        for s, run in own:
+            if run["settings"].keys() <= usual:
+                ends.setdefault((s["lr"], s.get("penalty") or 0), []).append(run["class-mean"][1])
         for place, column in enumerate(("rate: accuracy (runs)", "λ: accuracy (runs)")):
-            cells = row[column].split(", ") if row[column] else []
-            cells = [list(map(float, re.findall(r"[^ :()]+", x))) for x in cells]
-            fixed = {at[1 - place] for at in ends}
-            found = [[at for at in ends if at[1 - place] == x] for x in fixed]
-            found = [
-                sorted([at[place], statistics.fmean(ends[at]), len(ends[at])] for at in line)
-                for line in found
-            ]
-            assert not cells or any(
-                [*itertools.chain(*cells)] == pytest.approx([*itertools.chain(*line)], abs=0.0501)
-                for line in found
-            ), row
-            most = max(map(len, found))
-            assert len(cells) == (most if most > 1 else 0), row
+            found = {}  # the other of the two: cells
+            for at, x in sorted(ends.items()):
+                text = f"{at[place]:g}: {statistics.fmean(x):.1f} ({len(x)})"
+                found.setdefault(at[1 - place], []).append(text)
+            most = max(map(len, found.values()))
+            longest = [", ".join(x) for x in found.values() if len(x) == most > 1]
+            assert row[column] in (longest or [""])
+        settings = [
+            row["setting"],
+            *[row["setting"].replace("T =", "GPU, T =")] * (None not in here),
+        ]
+        tests = [runs(setting, row["method"]) for setting in settings]
+        rates = sorted({run["config"]["lr"] for seeds in tests for run in seeds.values()})
+        assert row["rate of the rows"] == ", ".join(dict.fromkeys(f"{lr:.2g}" for lr in rates))
 
 
 def test_what_the_readme_claims_and_what_of_it_survives_correction():
@@ -241,9 +242,7 @@ def test_sentences_that_no_table_has():
     for row, lr in (("treelora", 1e-3), ("treelora, gradients", 6.3e-4), ("safm", 6.3e-4)):
         rates = {run["config"]["lr"] for run in runs("CUB-200, T = 10", row).values()}
         assert [*rates] == pytest.approx([lr], rel=0.01)
-    for file in RESULTS.glob(
-        "*-ham-*/results.json"
-    ):  # "in no run did it act": τ, with room for a group
+    for file in RESULTS.glob("*-ham-*/results.json"):  # τ: "in no run did it act"
         run = json.loads(file.read_text("utf-8"))
         sizes = [[], *(task["group_sizes"] for task in run["tasks"])]
         for before, task in zip(sizes, run["tasks"]):
